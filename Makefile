@@ -1,0 +1,42 @@
+# make run    sets up .venv and runs the main job        make test   sets up .venv and passes the tests
+# `make help` lists the rest.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# PyTorch's CPU builds; on Linux the wheels of the default index carry CUDA. Skipped with one warning where it cannot be reached.
+TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: setup run test clean help
+.DEFAULT_GOAL := help
+
+setup: $(STAMP)
+
+# torch first and alone, so that nothing after it can bring another build in; done once, and again when the lock changes
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}; run: make setup PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --retries 1 --timeout 30 --no-deps $(TORCH_INDEX) "$$(grep '^torch==' requirements.lock)"
+	$(PIP) install --quiet -r requirements.lock
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	touch $(STAMP)
+
+run: setup
+	$(BIN)/vlmedit train main
+
+test: setup
+	$(BIN)/python -m pytest -n 2 -q
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:
+	@echo "make run     set up .venv (once) and run the main job: the live no-pair training, edits, pictures, metrics"
+	@echo "make test    set up .venv (once) and pass the tests"
+	@echo "make setup   set up .venv alone; repeats nothing unless the lock changed"
+	@echo "make clean   remove .venv and caches; run folders stay"
+	@echo
+	@echo "On a GPU (Linux): make clean, then    make setup TORCH_INDEX=    which takes torch from the default index, built for CUDA"

@@ -1,0 +1,36 @@
+"""vlmedit: few-step image editors learned without image pairs, from a diffusion teacher and a VLM judge [arXiv:2510.14978].
+
+Importing this costs nothing: everything heavy is imported when it is first named.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "EditPipeline": "vlmedit.models.pipeline",
+    "generate": "vlmedit.models.generate",
+    "DiT": "vlmedit.models.dit",
+    "JudgeModel": "vlmedit.models.judge",
+}
+__all__ = ["__version__", "load", *_HOMES]
+
+
+def load(name_or_dir="shapes", role: str = "editor", device=None):
+    """An `EditPipeline`: of a shipped family ("shapes"), of a folder written by its `save_pretrained`, or of a student's run.
+
+    `role` chooses the student of a family: editor, warm (before the no-pair training) or teacher (text to image alone).
+    """
+    from vlmedit.models.pipeline import load as load_pipeline
+
+    return load_pipeline(name_or_dir, role, device)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,395 @@
+"""The command line: `vlmedit doctor | train | edit | eval | data`. Each command takes `--json FILE`.
+
+Exit codes: 0 done, 1 a check of `doctor` failed, 2 bad input (one message, no traceback, nothing half-written), 130 interrupted.
+Heavy imports wait until a command has checked what it was given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from vlmedit.pictures import InputError, check_space, check_writable, disk_errors, save_json
+from vlmedit.train.config import ConfigError
+from vlmedit.world.edits import ImpossibleEdit
+from vlmedit.world.language import UnknownInstruction
+
+BAD_INPUT, INTERRUPTED = 2, 130
+JsonFile = Annotated[Path | None, arg(name="json", metavar="FILE", help="Also write the result as JSON.")]
+Tier = Literal["smoke", "laptop", "gpu"]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _table(title: str, rows: dict[str, Any]) -> None:
+    table = Table(title=title, show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _at_least(**values: tuple[int, int]) -> list[str]:
+    """Problems of options that lie below their least value."""
+    return [f"--{k.replace('_', '-')} is {value}; it must be at least {least}" for k, (value, least) in values.items() if value < least]
+
+
+def _check_json(json: Path | None) -> list[str]:
+    try:
+        json and check_writable(json)
+    except InputError as error:
+        return list(error.problems)
+    return []
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise InputError(problems)
+
+
+def doctor(*, quick: bool = False, json: JsonFile = None) -> int:
+    """Check this installation and estimate how long training takes here.
+
+    Args:
+        quick: Do not time the training stages.
+    """
+    from vlmedit.doctor import examine, report
+
+    _raise(_check_json(json))
+    checks = []
+    for check in examine(timed=not quick):
+        print(check.line(), flush=True)
+        checks.append(check)
+    if json:
+        save_json(report(checks), json)
+    return 0 if all(check.ok for check in checks) else 1
+
+
+def edit(
+    input: Positional[Path],
+    instruction: Positional[str] = "",
+    *,
+    out: Path,
+    report: bool = False,
+    steps: int = 4,
+    seed: int = 0,
+    num_samples: int = 1,
+    best_of: int = 0,
+    model: str = "shapes",
+    force: bool = False,
+    json: JsonFile = None,
+) -> int:
+    """Edit a picture, a folder of pictures or a .jsonl manifest by instruction.
+
+    The model works at 32 x 32 pixels: the input is padded to a square with its border's color and scaled down, and the edit
+    is scaled back to the input's size, without its finest detail.
+
+    Args:
+        input: A PNG, JPEG or WebP picture, a folder of them, or a manifest of {"image": ..., "instruction": ...} lines.
+        instruction: What to do, for example "make the circle red"; none for a manifest.
+        out: The edited picture, or a folder when the input is a folder or a manifest.
+        report: Also write, next to each edit, the judge's answers (.json) and a strip (-strip.png).
+        steps: Network calls of the sampler.
+        seed: Of the noise; a picture's result does not depend on the others.
+        num_samples: Edits to draw of each picture, numbered -1, -2, ...
+        best_of: Draw that many and keep the one the judge likes best; 0 draws one without asking.
+        model: "shapes" (shipped) or the folder of a saved pipeline or training run.
+        force: Try edits that the picture seems not to allow.
+    """
+    from vlmedit.jobs import carry_out, load_pipeline, model_side, prepare
+
+    problems = _at_least(steps=(steps, 1), seed=(seed, 0), num_samples=(num_samples, 1), best_of=(best_of, 0)) + _check_json(json)
+    if best_of and num_samples > 1:
+        problems.append(f"--best-of {best_of} keeps one edit and --num-samples {num_samples} keeps all; choose one of them")
+    side = 32
+    try:
+        side = model_side(model)
+    except InputError as error:
+        problems += error.problems
+    hint, jobs = "", []
+    try:
+        jobs = prepare(input, instruction, out, side, num_samples, report, force)
+    except InputError as error:
+        problems, hint = [*error.problems, *problems], error.hint
+    if problems:
+        raise InputError(problems, hint)
+    pipe = load_pipeline(model)
+    if pipe.judge is None and (report or best_of):
+        raise InputError(f"--model {model}: it has no judge; leave out {'--report' if report else '--best-of'}")
+    began, records = time.time(), []
+    with _progress() as progress:
+        task = progress.add_task("edits", total=len(jobs), note="")
+        for job in jobs:
+            records.append(carry_out(pipe, job, steps, seed, best_of, report))
+            progress.advance(task)
+    if json:
+        save_json({"model": model, "edits": records, "seconds": round(time.time() - began, 3)}, json)
+    for record in records:
+        judge = record.get("judge")
+        odds = f"  P(edit made) {max(judge['p_edit']):.2f}  P(rest kept) {max(judge['p_identity']):.2f}" if judge and len(judge["p_edit"]) == 1 else ""
+        print(f"{', '.join(record['outputs'])}{odds}")
+    return 0
+
+
+def evaluate(
+    *,
+    n: int = 512,
+    seed: int = 0,
+    steps: int = 4,
+    checkpoint: str = "shapes",
+    sampler: Literal["renoise", "euler", "corrector"] | None = None,
+    json: JsonFile = None,
+) -> int:
+    """Measure an editor on held-out edits with the oracle.
+
+    Args:
+        n: Held-out edits, types in turn.
+        seed: Of the held-out set and the noise.
+        steps: Network calls of the sampler.
+        checkpoint: "shapes" (shipped) or the folder of a saved pipeline or training run.
+        sampler: How the few steps are taken; by default what the model was trained with.
+    """
+    from vlmedit.jobs import load_pipeline, model_side
+
+    problems = _at_least(n=(n, 1), seed=(seed, 0), steps=(steps, 1)) + _check_json(json)
+    try:
+        model_side(checkpoint)
+    except InputError as error:
+        problems += [p.replace("--model", "--checkpoint") for p in error.problems]
+    _raise(problems)
+    from vlmedit.evaluate import evaluate as measure
+
+    began = time.time()
+    result = measure(load_pipeline(checkpoint), n=n, seed=seed, steps=steps, **({"sampler": sampler} if sampler else {}))
+    result = {**result, "n": n, "seed": seed, "steps": steps, "checkpoint": checkpoint}
+    result.setdefault("seconds", round(time.time() - began, 2))
+    flat = {k: v for k, v in result.items() if not isinstance(v, dict)}
+    nested = {f"{k}: {name}": v for k, inner in result.items() if isinstance(inner, dict) for name, v in inner.items()}
+    _table(f"{checkpoint}, {n} held-out edits", flat | nested)
+    if json:
+        save_json(result, json)
+    return 0
+
+
+def train(
+    stage: Positional[str] = "main",
+    *,
+    tier: Tier = "laptop",
+    config: Path | None = None,
+    set: tuple[str, ...] = (),
+    out: Path | None = None,
+    json: JsonFile = None,
+) -> int:
+    """Train: the README's main job, or one stage. The same command resumes a run that was stopped.
+
+    Args:
+        stage: main, or one of the stages teacher, judge, warmup, npedit, sft, distill.
+        tier: smoke (seconds), laptop (the shipped checkpoints) or gpu (a larger world).
+        config: Settings as a .json or .yaml file, for example a run folder's config.json.
+        set: Settings as key=value; they win over the file.
+        out: Run folder.
+    """
+    _raise(_check_json(json))
+    if out is not None:
+        check_writable(out, "folder")
+        check_space(out, 200 * 2**20)
+    given = (read_settings(config) if config else {}) | parse_pairs(set) | ({"out": str(out)} if out else {})
+    result = train_main(tier, given) if stage == "main" else train_stage(stage, tier, given)
+    if json and isinstance(result, dict):
+        save_json(result, json)
+    return 0
+
+
+def read_settings(path: Path) -> dict:
+    """Settings of a .json or .yaml file. Raises `ConfigError` for anything but a mapping."""
+    import yaml
+
+    if path.suffix.lower() not in (".json", ".yaml", ".yml"):
+        raise ConfigError(f"--config {path}: unknown ending {path.suffix!r}; give a .json or .yaml file")
+    try:
+        found = yaml.safe_load(path.read_text())  # JSON is YAML
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not {path.suffix[1:].upper()} ({error})") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"--config {path}: a {type(found).__name__}, not a mapping of settings")
+    return {str(k): v for k, v in found.items()}
+
+
+def parse_pairs(pairs: Sequence[str]) -> dict:
+    """['lr=1e-3', ...] as a dictionary of texts."""
+    wrong = [p for p in pairs if "=" not in p or not p.split("=", 1)[0]]
+    if wrong:
+        raise ConfigError(f"--set {' '.join(wrong)}: write key=value")
+    return dict(p.split("=", 1) for p in pairs)
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """A setting's text, or its JSON value, as the type its field declares. Raises `ConfigError` naming it."""
+    origin, inner = get_origin(kind), get_args(kind)
+    try:
+        if type(None) in inner:
+            return None if value in (None, "none", "None", "null") else convert(name, value, next(k for k in inner if k is not type(None)))
+        if origin is tuple:
+            parts = [p.strip() for p in value.strip("()[] ").split(",")] if isinstance(value, str) else list(value)
+            kinds = inner[:1] * len(parts) if inner[1:] == (...,) else inner
+            return tuple(convert(name, p, k) for p, k in zip(parts, kinds, strict=True))
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if kind is int and not isinstance(value, bool) and float(value) == int(float(value)):
+            return int(float(value))
+        if kind is float and not isinstance(value, bool):
+            return float(value)
+        if kind is str and isinstance(value, (str, int, float)):
+            return str(value)
+        if kind not in (bool, int, float, str):
+            return value
+    except (ValueError, TypeError, KeyError, OverflowError):
+        pass
+    raise ConfigError(f"{name} is {value!r}; it must be {getattr(kind, '__name__', kind) if origin is None else kind}")
+
+
+def train_stage(stage: str, tier: str, given: dict) -> dict:
+    """Run one training stage with a progress bar; returns its configuration and last metrics."""
+    from vlmedit.doctor import lacking_models
+    from vlmedit.train.stages import STAGES
+
+    if stage not in STAGES:
+        near = difflib.get_close_matches(stage, ("main", *STAGES), 1)
+        raise ConfigError(f"unknown stage {stage!r}{f' (nearest: {near[0]})' if near else ''}; known: main, {', '.join(STAGES)}")
+    config_class, stage_loop = STAGES[stage]
+    kinds = get_type_hints(config_class)
+    config = config_class.make(tier, **{k: convert(k, v, kinds[k]) if k in kinds else v for k, v in given.items()})
+    _raise(lacking_models(config))
+    check_writable(Path(config.out), "folder")
+    check_space(Path(config.out), 200 * 2**20)
+    return follow(stage, tier, config, stage_loop)
+
+
+def follow(stage: str, tier: str, config, stage_loop: Callable) -> dict:
+    """Drive a stage's generator to its end and show where it is."""
+    began, step, skipped = time.time(), None, 0
+    with _progress() as progress, disk_errors(Path(config.out)):
+        task = progress.add_task(stage, total=config.steps, note="")
+        try:
+            for step in stage_loop(config):
+                skipped += step.skipped
+                note = "  ".join(f"{k} {v:.3g}" for k, v in list(step.metrics.items())[:3])
+                progress.update(task, completed=step.index, total=step.total, note=note)
+        except KeyboardInterrupt:
+            progress.stop()
+            done = step.index if step else 0
+            _say(f"stopped after update {done} of {config.steps}; the same command resumes from the last checkpoint in {config.out} (one every {config.save_every} updates)")
+            raise
+    if step is None:
+        _say(f"nothing left to do: {config.out} holds a finished run of {config.steps} updates")
+    else:
+        _table(f"{stage}, {step.index} updates", step.metrics)
+    return {
+        "stage": stage,
+        "tier": tier,
+        "out": config.out,
+        "config": dataclasses.asdict(config),
+        "updates": step.index if step else config.steps,
+        "skipped": skipped,
+        "metrics": step.metrics if step else {},
+        "seconds": round(time.time() - began, 2),
+    }
+
+
+def train_main(tier: str, given: dict) -> dict | None:
+    """Run the README's main job. Its settings are the arguments of `vlmedit.train.main.run_main`."""
+    from vlmedit.train.main import run_main
+
+    known = {k: p for k, p in inspect.signature(run_main).parameters.items() if k != "tier"}
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"unknown setting {key!r} of the main job; known: {', '.join(known)}")
+    kinds = get_type_hints(run_main)
+    settings = {k: v if k == "out" else convert(k, v, kinds.get(k, object)) for k, v in given.items()}
+    if "out" in settings and kinds.get("out") is Path:
+        settings["out"] = Path(settings["out"])
+    with disk_errors(Path(given.get("out", "."))):
+        return run_main(tier=tier, **settings)
+
+
+def data(
+    *,
+    out: Path,
+    n: int = 16,
+    seed: int = 0,
+    task: Literal["unpaired", "captioned", "paired"] = "unpaired",
+    side: int = 32,
+    json: JsonFile = None,
+) -> int:
+    """Write example training data as pictures, a data.jsonl (a manifest that `vlmedit edit` reads) and a contact sheet.
+
+    Args:
+        out: A new folder.
+        n: Examples.
+        seed: Of the examples.
+        task: unpaired (what the no-pair editor learns from), captioned (the teacher) or paired (the paired rivals alone).
+        side: Pixels per side of the pictures.
+    """
+    from vlmedit.samples import write_samples
+
+    _raise(_at_least(n=(n, 1), seed=(seed, 0), side=(side, 16)) + _check_json(json))
+    check_writable(out, "folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out}: the folder is not empty; name a new one")
+    check_space(out, n * (6 * side * side + 20_000))
+    result = write_samples(out, n, seed, task, side)
+    if json:
+        save_json(result, json)
+    print(f"{n} {task} examples in {out}")
+    return 0
+
+
+COMMANDS = {"doctor": doctor, "train": train, "edit": edit, "eval": evaluate, "data": data}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. The one place where known errors become messages."""
+    description = "Image editing learned without image pairs, in miniature."
+    try:
+        return tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, args=args, prog="vlmedit", description=description, config=(FlagCreatePairsOff,)
+        )
+    except (InputError, UnknownInstruction, ImpossibleEdit, ConfigError) as error:
+        _say(f"vlmedit: {error}")
+        return BAD_INPUT
+    except BrokenPipeError:  # the reader of our output left, for example `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        _say(f"vlmedit: {error}")
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        _say("vlmedit: interrupted")
+        return INTERRUPTED
+    except SystemExit as stop:  # tyro: 0 after --help, 2 for options it does not know
+        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""What each trainer may see, as batches of tensors.
+
+* `CaptionedBatch`: picture and caption, for the text-to-image teacher.
+* `UnpairedBatch`: the no-pair path. A reference, an instruction, a target *caption*, and two questions: no field could
+  hold a target image, and a test says so.
+* `PairedBatch`: reference, instruction and exact target, for the paired rivals alone.
+
+Everything is drawn from (seed, step, rank) anew, so a training run has no data position to lose and resumes exactly.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlmedit.models.text import encode
+from vlmedit.world.edits import ALL_TYPES, Edit, ImpossibleEdit, apply_edit, sample_edit
+from vlmedit.world.language import Question, caption, edit_question, identity_question, instruct
+from vlmedit.world.render import render
+from vlmedit.world.scene import Scene, sample_scene
+
+TEXT_LENGTH = 24  # words of a caption, an instruction or a question, padded
+HELD_OUT = "held-out"  # prefix of every evaluation stream's seed; no trainer uses it
+
+# Share of each edit type in training. As in the released recipe, removals are drawn most often, and doing nothing 1 %.
+EDIT_SHARES = {
+    "add": 0.13, "remove": 0.18, "replace": 0.17, "recolor": 0.12, "texture": 0.12,
+    "background": 0.09, "move": 0.10, "style": 0.08, "nothing": 0.01,
+}  # fmt: skip
+
+
+class Batch:
+    """Tensors move with `.to(device)`; other fields stay."""
+
+    def to(self, device):
+        return type(self)(**{f.name: v.to(device) if isinstance(v := getattr(self, f.name), Tensor) else v for f in fields(self)})
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+
+@dataclass(frozen=True)
+class CaptionedBatch(Batch):
+    image: Tensor  # (B, 3, S, S) in [-1, 1]
+    caption: Tensor  # (B, L) ids
+
+
+@dataclass(frozen=True)
+class UnpairedBatch(Batch):
+    reference: Tensor  # (B, 3, S, S) in [-1, 1]
+    instruction: Tensor  # (B, L) ids
+    reference_caption: Tensor  # (B, L) ids: what the reference shows
+    target_caption: Tensor  # (B, L) ids: what the edited picture would show
+    edit_question: Tensor  # (B, L) ids
+    edit_answer: Tensor  # (B,) 1 where "yes" is right
+    edit_pair: Tensor  # (B,) 1 where the question is about both pictures
+    identity_question: Tensor  # (B, L) ids
+    nothing: Tensor  # (B,) 1 where the instruction asks for no change
+    types: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PairedBatch(Batch):
+    reference: Tensor
+    instruction: Tensor
+    target: Tensor  # (B, 3, S, S): what the no-pair trainer never sees
+    types: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A request: a scene, an edit of it, and the edit in words."""
+
+    scene: Scene
+    edit: Edit
+    instruction: str
+
+
+def rng_for(*parts) -> random.Random:
+    """A generator that depends on nothing but its parts."""
+    return random.Random("/".join(str(p) for p in parts))
+
+
+def seed_torch(*parts) -> None:
+    """Seed torch's global generator from the parts."""
+    torch.manual_seed(rng_for(*parts).getrandbits(62))
+
+
+def jpeg(image: Tensor, quality: int) -> Tensor:
+    """One picture (3, S, S) in [-1, 1] through a JPEG encoder."""
+    pixels = ((image.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def sample_example(rng: random.Random, kinds: Sequence[str] | dict[str, float]) -> Example:
+    """Draw an edit type, then a scene that allows it. `kinds`: types, or their shares."""
+    unknown = sorted(set(kinds) - set(ALL_TYPES))
+    if unknown:
+        raise ValueError(f"unknown edit type {', '.join(unknown)}; known: {', '.join(ALL_TYPES)}")
+    names = tuple(kinds)
+    kind = rng.choices(names, [kinds[k] for k in names] if isinstance(kinds, dict) else None)[0]
+    while True:
+        scene = sample_scene(rng)
+        edit = sample_edit(scene, kind, rng)
+        if edit is not None:
+            try:
+                apply_edit(scene, edit, random.Random(0))
+            except ImpossibleEdit:
+                continue
+            return Example(scene, edit, instruct(edit, scene, rng))
+
+
+def target_of(example: Example, rng: random.Random) -> Scene:
+    """The scene the instruction asks for. For evaluation, the judge's schooling and the paired rivals."""
+    for _ in range(20):
+        try:
+            return apply_edit(example.scene, example.edit, rng)
+        except ImpossibleEdit:
+            continue
+    return apply_edit(example.scene, example.edit, random.Random(0))
+
+
+def captioned_batch(batch: int, side: int, *seed) -> CaptionedBatch:
+    """Pictures with their captions."""
+    rng = rng_for("captioned", *seed)
+    scenes = [sample_scene(rng) for _ in range(batch)]
+    return CaptionedBatch(render(scenes, side), encode([caption(s) for s in scenes], TEXT_LENGTH))
+
+
+def references(examples: Sequence[Example], side: int, rng: random.Random, jpeg_share: float = 0.2) -> Tensor:
+    """Rendered references, some of them through JPEG."""
+    images = render([e.scene for e in examples], side)
+    for i in range(len(images)):
+        if rng.random() < jpeg_share:
+            images[i] = jpeg(images[i], rng.randrange(70, 96))
+    return images
+
+
+def unpaired_batch(batch: int, side: int, *seed, kinds=None, pool: int | None = None) -> UnpairedBatch:
+    """Requests without targets. `pool` limits the data to that many distinct examples (for data studies)."""
+    rng = rng_for("unpaired", *seed)
+    kinds = kinds or EDIT_SHARES
+    if pool is None:
+        examples = [sample_example(rng, kinds) for _ in range(batch)]
+    else:
+        examples = [sample_example(rng_for("pool", rng.randrange(pool)), kinds) for _ in range(batch)]
+    edit_qs: list[Question] = [edit_question(e.edit, e.instruction) for e in examples]
+    identity_qs = [identity_question(e.edit, e.instruction) for e in examples]
+    ids = lambda texts: encode(list(texts), TEXT_LENGTH)
+    return UnpairedBatch(
+        reference=references(examples, side, rng),
+        instruction=ids(e.instruction for e in examples),
+        reference_caption=ids(caption(e.scene) for e in examples),
+        target_caption=ids(caption(apply_edit(e.scene, e.edit, random.Random(0))) for e in examples),
+        edit_question=ids(q.text for q in edit_qs),
+        edit_answer=torch.tensor([float(q.answer) for q in edit_qs]),
+        edit_pair=torch.tensor([float(q.pair) for q in edit_qs]),
+        identity_question=ids(q.text for q in identity_qs),
+        nothing=torch.tensor([float(e.edit.type == "nothing") for e in examples]),
+        types=tuple(e.edit.type for e in examples),
+    )
+
+
+def paired_batch(batch: int, side: int, *seed, kinds=None) -> PairedBatch:
+    """Requests with exact targets, drawn from the same stream as `unpaired_batch`."""
+    rng = rng_for("unpaired", *seed)
+    examples = [sample_example(rng, kinds or EDIT_SHARES) for _ in range(batch)]
+    reference = references(examples, side, rng)
+    target = render([target_of(e, rng_for("target", *seed, i)) for i, e in enumerate(examples)], side)
+    return PairedBatch(reference, encode([e.instruction for e in examples], TEXT_LENGTH), target, tuple(e.edit.type for e in examples))
+
+
+def held_out(n: int, seed: int, kinds: Sequence[str]) -> list[Example]:
+    """The evaluation set: `n` requests, edit types in turn, from a stream no trainer draws from."""
+    rng = rng_for(HELD_OUT, seed)
+    return [sample_example(rng, (kinds[i % len(kinds)],)) for i in range(n)]

@@ -1,0 +1,58 @@
+"""Distribution Matching Distillation: pull student samples towards the teacher's image manifold.
+
+The gradient of KL(student || teacher) at noise level t is the difference of two denoised pictures, of the frozen teacher
+(x0_real, guided) and of an online model of the student's own distribution (x0_fake) [arXiv:2311.18828, Eq. 7, 8 in
+x0-prediction form]. NP-Edit conditions both on the *target caption*, never on the reference [arXiv:2510.14978, Sec. 3.3].
+
+Shapes: x (B, C, H, W), t (B,). Conventions: flow.py. Deviates from the paper: nothing.
+The two normalisers: per sample (DMD2, Self-Forcing) and per pixel (the released code; method.md 1.7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vlmedit.flow import flow_matching_loss, guide, interpolate, to_x0
+
+NORMS = ("sample", "pixel")
+
+
+def dmd_gradient(x: Tensor, x0_real: Tensor, x0_fake: Tensor, norm: str = "sample", eps: float = 1e-6) -> Tensor:
+    """(x0_fake - x0_real) / mean|x - x0_real|: Eq. 7 over Eq. 8. Never carries a graph."""
+    if norm not in NORMS:
+        raise ValueError(f"unknown normaliser {norm!r}; known: {', '.join(NORMS)}")
+    x, x0_real, x0_fake = x.detach(), x0_real.detach(), x0_fake.detach()
+    axes = tuple(range(1, x.ndim)) if norm == "sample" else (1,)
+    scale = (x - x0_real).abs().mean(axes, keepdim=True).clamp(min=eps)
+    return torch.nan_to_num((x0_fake - x0_real) / scale)
+
+
+def dmd_loss(x: Tensor, gradient: Tensor) -> Tensor:
+    """Surrogate 0.5 ||x - sg(x - gradient)||^2 / numel, whose derivative is gradient / numel; its value means nothing."""
+    return 0.5 * (x - (x - gradient).detach()).square().mean()
+
+
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # velocity(x_t, t, text)
+
+
+@torch.no_grad()  # both scores are constants of the student's loss
+def dmd_scores(x: Tensor, text: Tensor, teacher: Denoiser, fake: Denoiser, guidance: float, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """x0_real (guided against the empty caption) and x0_fake at level t of pictures x with target caption ids `text`."""
+    x_t = interpolate(x.detach(), eps, t)
+    v_real = teacher(x_t, t, text)
+    if guidance != 1:
+        v_real = guide(v_real, teacher(x_t, t, torch.zeros_like(text)), guidance)
+    return to_x0(x_t, v_real, t), to_x0(x_t, fake(x_t, t, text), t)
+
+
+def draw_dmd_time(batch: int, low: float = 0.02, high: float = 0.98, device=None) -> Tensor:
+    """Noise levels of the DMD gradient, uniform [released: 0.02 to 0.98]."""
+    return low + (high - low) * torch.rand(batch, device=device)
+
+
+def fake_score_loss(fake: Denoiser, samples: Tensor, text: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """Flow matching on the student's own (detached) samples with the target caption."""
+    return flow_matching_loss(lambda x, time: fake(x, time, text), samples.detach(), t, eps).mean()

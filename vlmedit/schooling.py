@@ -1,0 +1,221 @@
+"""The judge's school: pairs of pictures, questions about them, and the right answers.
+
+A lesson starts from a scene and an edit of it and shows one of: the right result, nothing done, the right result with
+collateral damage, a wrong edit, things drifted, another scene, a half-done blend, a soiled picture. Labels come from the
+scene descriptions (`world/verdict.py`), never from pixels. The mixture mirrors how a few-step student fails.
+Questions of a pair: edit and identity of the true instruction and of a hypothetical one; of the output alone: presence
+of a thing, and a caption. Dense supervision on top: what each patch of either picture shows (grounding), without which
+shapes are learnt an order of magnitude later (papers/log.md).
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmedit.data import Batch, Example, rng_for, sample_example, target_of
+from vlmedit.models.text import END, NO, PAD, YES, build_tokenizer
+from vlmedit.world.edits import ALL_TYPES, ImpossibleEdit, apply_edit, sample_edit
+from vlmedit.world.language import DESCRIBE, PRESENCE, Question, caption, edit_question, identity_question, instruct
+from vlmedit.world.render import render
+from vlmedit.world.scene import COLORS, SHAPES, TEXTURES, Scene, sample_scene
+from vlmedit.world.verdict import edit_done, rest_kept
+
+SHARES = {"right": 0.30, "same": 0.12, "collateral": 0.22, "wrong": 0.18, "drifted": 0.12, "other": 0.06}
+KIND_SHARES = {k: 1.0 for k in ALL_TYPES} | {"remove": 1.5, "replace": 1.5, "move": 1.3, "nothing": 0.4, "customise": 0.6}
+
+
+@dataclass(frozen=True)
+class Lesson(Batch):
+    """P pairs with Q questions each (P * Q rows, pair-major), and S single-picture rows."""
+
+    reference: Tensor  # (P, 3, S, S)
+    output: Tensor  # (P, 3, S, S)
+    questions: Tensor  # (P * 4, L) ids about both pictures; rows of removals' edit questions are in `single`
+    answers: Tensor  # (P * 4,) 1 yes, 0 no, -1 not asked
+    single_questions: Tensor  # (P * 3, L) ids about the output alone
+    single_answers: Tensor  # (P * 3,)
+    caption: Tensor  # (P, L) request and caption of the output
+    caption_labels: Tensor  # (P, L) next tokens, -100 where not asked
+    ground_reference: Tensor  # (P, (S / 4)^2, 3) shape, color, texture per patch, 0 nothing, -100 not asked
+    ground_output: Tensor
+    kinds: tuple[str, ...]
+    types: tuple[str, ...]
+
+
+def ground(scenes: list[Scene], grid: int) -> Tensor:
+    """What each patch shows: (B, grid * grid, 3) indices of shape, color and texture, counted from 1; 0 is background."""
+    labels = torch.zeros(len(scenes), grid, grid, 3, dtype=torch.long)
+    center = (torch.arange(grid) + 0.5) / grid
+    for b, scene in enumerate(scenes):
+        for t in scene.things:
+            reach = t.size + 0.25 / grid
+            inside = ((center - t.y).abs() <= reach)[:, None] & ((center - t.x).abs() <= reach)[None]
+            labels[b, inside] = torch.tensor((SHAPES.index(t.shape) + 1, tuple(COLORS).index(t.color) + 1, TEXTURES.index(t.texture) + 1))
+    return labels.flatten(1, 2)
+
+
+def _drift(scene: Scene, rng: random.Random) -> Scene:
+    """Things moved or resized far beyond the tolerance, or hardly at all."""
+    far = rng.random() < 0.6
+    things = []
+    for t in scene.things:
+        if far and rng.random() < 0.7:
+            angle = rng.choice(((1, 0), (0, 1), (-1, 0), (0, -1), (0.8, 0.8), (-0.8, -0.8)))
+            step = rng.uniform(0.09, 0.25)
+            t = replace(t, x=t.x + step * angle[0], y=t.y + step * angle[1], size=t.size * rng.choice((1, 1, 0.6, 1.5)))
+        else:
+            t = replace(t, x=t.x + rng.uniform(-0.015, 0.015), y=t.y + rng.uniform(-0.015, 0.015))
+        things.append(t)
+    return replace(scene, things=tuple(things))
+
+
+def _shown(example: Example, kind: str, rng: random.Random) -> Scene:
+    """The scene the output shows, by lesson kind."""
+    right = target_of(example, rng)
+    if kind == "right":
+        return right
+    if kind == "same":
+        return example.scene
+    if kind == "drifted":
+        return _drift(right, rng)
+    if kind == "other":
+        return sample_scene(rng)
+    start = right if kind == "collateral" else example.scene
+    for _ in range(8):
+        same_type = kind == "wrong" and rng.random() < 0.7
+        edit = sample_edit(start, example.edit.type if same_type else rng.choice(ALL_TYPES[:8]), rng)
+        try:
+            if edit is not None and edit != example.edit:
+                return apply_edit(start, edit, rng)
+        except ImpossibleEdit:
+            continue
+    return start
+
+
+def soil(images: Tensor, rng: random.Random) -> tuple[Tensor, list[float]]:
+    """Add coarse or fine smudges to some pictures; returns them and the root mean square of what was added."""
+    rms = []
+    out = images.clone()
+    for i in range(len(images)):
+        amount = 0.0
+        if rng.random() < 0.3:
+            cells = rng.choice((2, 4, 8, 16, 32))
+            scale = rng.uniform(0, 0.35) if rng.random() < 0.7 else rng.uniform(0, 0.08)
+            dirt = torch.randn(1, 3, cells, cells) * scale
+            if cells < images.shape[-1]:
+                dirt = F.interpolate(dirt, size=images.shape[-2:], mode=rng.choice(("bilinear", "nearest")))
+            out[i] = (images[i] + dirt[0]).clamp(-1, 1)
+            amount = float((out[i] - images[i]).square().mean().sqrt())
+        elif rng.random() < 0.15:
+            out[i] = F.avg_pool2d(F.pad(images[i][None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0]
+        rms.append(amount)
+    return out, rms
+
+
+MILD, HEAVY = 0.10, 0.22  # rms of dirt that keeps the labels, and that denies identity
+
+
+def lesson(pairs: int, side: int, *seed) -> Lesson:
+    """Draw a lesson of `pairs` picture pairs."""
+    rng = rng_for("lesson", *seed)
+    torch_rng = torch.random.fork_rng(devices=[])
+    tokenizer = build_tokenizer()
+    examples, shown, kinds, rights = [], [], [], []
+    for _ in range(pairs):
+        example = sample_example(rng, KIND_SHARES)
+        kind = rng.choices(tuple(SHARES), tuple(SHARES.values()))[0]
+        examples.append(example)
+        kinds.append(kind)
+        shown.append(_shown(example, kind, rng))
+    with torch_rng:
+        torch.manual_seed(rng.getrandbits(60))
+        reference = render([e.scene for e in examples], side)
+        output = render(shown, side)
+        # half-done: the output blended with the reference
+        blend = torch.tensor([1.0 if kind == "same" or rng.random() < 0.78 else rng.choice((rng.uniform(0.15, 0.55), rng.uniform(0.82, 1))) for kind in kinds])
+        output = torch.lerp(reference, output, blend.view(-1, 1, 1, 1))
+        output, dirt = soil(output, rng)
+
+    pair_rows: list[tuple[str, int]] = []
+    single_rows: list[tuple[str, int]] = []
+    captions: list[tuple[str, bool]] = []
+
+    def label(question: Question, truth: bool, asked: bool) -> tuple[str, int]:
+        return question.text, int(truth == question.answer) if asked else -1
+
+    for i, (example, after) in enumerate(zip(examples, shown)):
+        before = example.scene
+        half = float(blend[i]) < 0.8
+        clean, ruined = dirt[i] < MILD, dirt[i] > HEAVY
+        hypothetical = sample_edit(before, rng.choice(ALL_TYPES[:9]), rng) or example.edit
+        asked_single: list[tuple[str, int]] = []
+        for edit in (example.edit, hypothetical):
+            words = example.instruction if edit is example.edit else instruct(edit, before, rng)
+            question, identity = edit_question(edit, words), identity_question(edit, words)
+            done, kept = edit_done(before, after, edit), rest_kept(before, after, edit)
+            if half:
+                done, kept_known = False, rest_kept(before, after, edit) and edit is example.edit
+            else:
+                kept_known = True
+            if edit.type == "nothing":
+                done = kept and not ruined and not half
+            # an edit that a half blend or heavy dirt leaves open is not asked about
+            open_edit = (half and not edit_done(before, after, edit)) or (not clean)
+            if edit.type == "nothing":
+                open_edit = not clean and not ruined
+            row = label(question, done, not open_edit)
+            if question.pair:
+                pair_rows.append(row)
+            else:
+                pair_rows.append((identity.text, -1))
+                # `is there a ...`: yes while any of it can be seen
+                asked_single.append((question.text, int(not edit_done(before, after, edit)) if clean and not half else -1))
+            kept_truth = kept and not ruined
+            pair_rows.append(label(identity, kept_truth, (clean and kept_known) or ruined))
+        shape = rng.choice(SHAPES)
+        there = any(t.shape == shape for t in after.things)
+        asked_single.append((PRESENCE.format(shape), int(there) if clean and not half else -1))
+        while len(asked_single) < 3:
+            asked_single.append((PRESENCE.format(SHAPES[0]), -1))
+        single_rows += asked_single
+        captions.append((caption(after), clean and not half))
+
+    ids = lambda texts: tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
+    heads = [f"{DESCRIBE} {text} {END}" for text, _ in captions]
+    caption_ids = ids(heads)
+    labels = torch.full_like(caption_ids, -100)
+    labels[:, :-1] = caption_ids[:, 1:]
+    start = len(DESCRIBE.split()) - 1
+    labels[:, :start] = -100
+    labels[labels == tokenizer.convert_tokens_to_ids(PAD)] = -100
+    for i, (_, asked) in enumerate(captions):
+        if not asked:
+            labels[i] = -100
+    ground_output = ground(shown, side // 4)
+    ground_output[(blend < 0.8) | (torch.tensor(dirt) > MILD)] = -100
+    return Lesson(
+        reference=reference,
+        output=output,
+        questions=ids([t for t, _ in pair_rows]),
+        answers=torch.tensor([a for _, a in pair_rows]),
+        single_questions=ids([t for t, _ in single_rows]),
+        single_answers=torch.tensor([a for _, a in single_rows]),
+        caption=caption_ids,
+        caption_labels=labels,
+        ground_reference=ground([e.scene for e in examples], side // 4),
+        ground_output=ground_output,
+        kinds=tuple(kinds),
+        types=tuple(e.edit.type for e in examples),
+    )
+
+
+def answer_ids(answers: Tensor) -> Tensor:
+    """Token ids of yes and no for 1 and 0, -100 where nothing was asked."""
+    tokenizer = build_tokenizer()
+    yes, no = tokenizer.convert_tokens_to_ids(YES), tokenizer.convert_tokens_to_ids(NO)
+    return torch.where(answers < 0, -100, torch.where(answers > 0, yes, no))

@@ -1,0 +1,209 @@
+"""One frozen dataclass per training stage: flat literals, each with its unit and source.
+
+`TIER` is the one dial: smoke (seconds, for tests), laptop (the shipped checkpoints), gpu (a larger world).
+Sources: [R] the authors' released configuration, [X] measured here (papers/log.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+TIERS = ("smoke", "laptop", "gpu")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: the message names it, its value and the remedy."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What every stage has."""
+
+    out: str = "runs/run"  # run folder: checkpoints, logs, metrics
+    seed: int = 0
+    steps: int = 1000  # updates
+    batch: int = 64  # samples per update and process
+    side: int = 32  # pixels
+    lr: float = 2e-3  # peak, AdamW and Muon alike [X]
+    warmup: int = 100  # updates of linear warm-up
+    final_lr: float = 0.02  # share of the peak at the end of the cosine
+    betas: tuple[float, float] = (0.9, 0.99)  # AdamW
+    weight_decay: float = 0.01
+    clip: float = 2.0  # gradient norm [R]
+    spike: float = 300.0  # gradient norm above which an update is skipped [R]
+    ema: float = 0.998  # decay of the averaged weights; 0 keeps none
+    precision: str = "bf16"  # autocast: bf16 or no
+    save_every: int = 500  # updates between checkpoints
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "side", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema is {self.ema}; it must lie in [0, 1)")
+        if self.lr <= 0:
+            raise ConfigError(f"lr is {self.lr}; it must be positive")
+        if self.precision not in ("bf16", "no"):
+            raise ConfigError(f"precision is {self.precision!r}; known: bf16, no")
+
+    @classmethod
+    def make(cls, tier: str = "laptop", **overrides):
+        """The stage's configuration at a tier, with overrides. Raises `ConfigError` for an unknown tier or key."""
+        if tier not in TIERS:
+            raise ConfigError(f"unknown tier {tier!r}; known: {', '.join(TIERS)}")
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in overrides:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 3) or known
+                raise ConfigError(f"unknown config key {key!r} of {cls.__name__}; nearest: {', '.join(near)}")
+        return cls(**{**cls.tiers().get(tier, {}), **overrides})
+
+    @classmethod
+    def tiers(cls) -> dict[str, dict]:
+        return {"smoke": dict(steps=2, batch=4, warmup=1, save_every=1)}
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class TeacherConfig(TrainConfig):
+    """Text-to-image flow matching."""
+
+    out: str = "runs/teacher"
+    steps: int = 7000
+    text_dropout: float = 0.1  # share of empty captions, for guidance [R warm-up]
+    time_shift: float = 1.5  # of the logit-normal training times
+
+    @classmethod
+    def tiers(cls):
+        return {**super().tiers(), "gpu": dict(side=64, batch=256, steps=60_000)}
+
+
+@dataclass(frozen=True)
+class JudgeConfig(TrainConfig):
+    """The judge's schooling, adversarial from `attack_from` on [X: miniature's finding that unlocked the rest]."""
+
+    out: str = "runs/judge"
+    steps: int = 3000
+    batch: int = 48  # pairs; each carries up to seven questions and a caption
+    lr: float = 1.5e-3
+    size: str = "medium"  # small, medium or large: see JUDGE_SIZES
+    attack_from: int = 1000  # updates on clean inputs first
+    attack_share: float = 0.75  # share of each batch that is attacked
+    attack_radius: float = 3.5  # L2, [-1, 1] pixel units, drawn uniformly up to it
+    attack_steps: int = 2
+    caption_weight: float = 0.3
+    ground_weight: float = 1.0
+
+    @classmethod
+    def tiers(cls):
+        return {**super().tiers(), "smoke": dict(steps=2, batch=4, warmup=1, save_every=1, size="small", attack_from=1), "gpu": dict(side=64, batch=256, steps=20_000, size="large")}
+
+
+JUDGE_SIZES = {
+    "small": dict(width=64, conv=32, vision_layers=1, text_layers=2),
+    "medium": dict(width=128, conv=64, vision_layers=2, text_layers=3),
+    "large": dict(width=192, conv=96, vision_layers=3, text_layers=4),
+}
+
+
+@dataclass(frozen=True)
+class WarmupConfig(TrainConfig):
+    """Copy warm-up: flow matching with the reference itself as target [R], from the teacher's weights."""
+
+    out: str = "runs/warmup"
+    teacher: str = "runs/teacher/model"
+    steps: int = 1500
+    batch: int = 48
+    lr: float = 1.5e-3
+    time_shift: float = 3.0  # few-step sampling starts at pure noise, so most copies are learnt there [X]
+    text_dropout: float = 0.1  # [R]
+
+
+@dataclass(frozen=True)
+class NPEditConfig(TrainConfig):
+    """NP-Edit: DMD + judge + do-nothing [arXiv:2510.14978; R: zimage_instruct_critic_internvl.yaml]."""
+
+    out: str = "runs/npedit"
+    teacher: str = "runs/teacher/model"
+    judge: str = "runs/judge/model"
+    student: str = "runs/warmup/model"
+    steps: int = 1200
+    batch: int = 32
+    lr: float = 1.5e-3  # [X]; R: 2e-5 at 6B parameters
+    fake_lr: float = 1.5e-3
+    betas: tuple[float, float] = (0.5, 0.98)  # [X]; R: (0, 0.9)
+    weight_decay: float = 0.0  # [R]
+    warmup: int = 20
+    final_lr: float = 0.1
+    ema: float = 0.99
+    dmd_weight: float = 1.0  # [R]
+    judge_weight: float = 0.2  # [X]; R: 0.02
+    nothing_weight: float = 1.0  # [R]
+    guidance: float = 2.0  # of the real score, w = 1 is off; R: 3.5, 7.5 for removals, shape and style
+    dmd_norm: str = "sample"
+    fake_updates: int = 2  # per student update; R: 5
+    fake_rollouts: str = "shared"  # fake updates see the student's own rollout, or "fresh" ones [R]
+    calls: str = "mixed"
+    sampler_steps: int = 4
+    sampler_shift: float = 1.0
+    renoise: str = "fresh"
+    gradient_calls: int | None = None
+    identity: bool = True
+    answer_loss: str = "two_logits"
+    gain_steps: int = 100  # updates of the logit-gain ramp; R: 2000 of 14000
+    target_caption: bool = True  # False: DMD sees the reference's caption, which does not carry the edit
+    pool: int | None = None  # distinct training requests; None is unlimited
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dmd_weight == 0 and self.judge_weight == 0:
+            raise ConfigError("dmd_weight and judge_weight are both 0; nothing would be learnt")
+        if self.fake_rollouts not in ("shared", "fresh"):
+            raise ConfigError(f"fake_rollouts is {self.fake_rollouts!r}; known: shared, fresh")
+
+    @classmethod
+    def tiers(cls):
+        return {**super().tiers(), "gpu": dict(side=64, batch=128, steps=14_000, fake_updates=5)}
+
+
+@dataclass(frozen=True)
+class SFTConfig(TrainConfig):
+    """The paired rival: flow matching towards the exact target, from the same warm start and for as many updates."""
+
+    out: str = "runs/sft"
+    student: str = "runs/warmup/model"
+    steps: int = 1200
+    batch: int = 32
+    lr: float = 1.5e-3
+    warmup: int = 20
+    final_lr: float = 0.1
+    ema: float = 0.99
+    time_shift: float = 3.0
+
+
+@dataclass(frozen=True)
+class DistillConfig(TrainConfig):
+    """Few-step text-to-image by DMD alone, from the teacher's weights [arXiv:2311.18828, arXiv:2405.14867]."""
+
+    out: str = "runs/distill"
+    teacher: str = "runs/teacher/model"
+    steps: int = 800
+    batch: int = 32
+    lr: float = 1.0e-3
+    fake_lr: float = 1.0e-3
+    betas: tuple[float, float] = (0.5, 0.98)
+    weight_decay: float = 0.0
+    warmup: int = 20
+    final_lr: float = 0.1
+    ema: float = 0.99
+    guidance: float = 2.0
+    dmd_norm: str = "sample"
+    fake_updates: int = 3
+    sampler_steps: int = 4
+    sampler_shift: float = 1.0

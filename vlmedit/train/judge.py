@@ -1,0 +1,92 @@
+"""Stage 2: the judge's schooling, with adversarial perturbations of the output picture.
+
+A robust classifier's input gradient points along real changes of the picture; a plain one's does not, and a student
+that climbs it hacks the judge (papers/log.md). So from `attack_from` on, most of each batch is perturbed by a few
+steps of L2 gradient ascent on the judge's own loss [arXiv:1706.06083].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from vlmedit.models.judge import JudgeConfig as ModelConfig
+from vlmedit.models.judge import JudgeModel
+from vlmedit.models.text import build_tokenizer
+from vlmedit.schooling import Lesson, answer_ids, lesson
+from vlmedit.train.config import JUDGE_SIZES, JudgeConfig
+from vlmedit.train.engine import EMA, Optimizer, Run, Step
+
+
+def yes_no_losses(judge: JudgeModel, work: Lesson, output: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy of every yes/no answer (rows,), whether it was right (rows,), and the visual tokens of the pair and
+    of the output alone."""
+    together = judge.get_image_features(torch.stack((work.reference, output), 1))
+    alone = judge.get_image_features(output[:, None])
+    rows = [(work.questions, work.answers, together), (work.single_questions, work.single_answers, alone)]
+    losses, right = [], []
+    for ids, answers, features in rows:
+        asked = answers >= 0
+        owner = torch.arange(len(answers), device=answers.device) // (len(answers) // len(output))
+        logits = judge.answer_logits(ids[asked], image_features=features[owner[asked]])
+        target = answer_ids(answers[asked])
+        losses.append(F.cross_entropy(logits, target, reduction="none"))
+        margin = logits[:, judge.config.yes_token_id] - logits[:, judge.config.no_token_id]
+        right.append(((margin > 0) == (answers[asked] > 0)).detach())
+    return torch.cat(losses), torch.cat(right).float(), together, alone
+
+
+def attack(judge: JudgeModel, work: Lesson, radius: Tensor, steps: int) -> Tensor:
+    """The output pictures after `steps` of normalised L2 gradient ascent on the judge's loss, within `radius` (P,)."""
+    reach = radius.view(-1, 1, 1, 1)
+    normed = lambda d: d / d.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
+    delta = normed(torch.randn_like(work.output)) * reach * torch.rand_like(reach)
+    for _ in range(steps):
+        delta.requires_grad_(True)
+        loss = yes_no_losses(judge, work, work.output + delta)[0].sum()
+        (gradient,) = torch.autograd.grad(loss, delta)
+        delta = delta.detach() + normed(gradient.float()) * reach * (1.5 / steps)
+        delta = delta * (reach / delta.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)).clamp(max=1)
+    return (work.output + delta).clamp(-1, 1).detach()
+
+
+def build_judge(size: str, side: int) -> JudgeModel:
+    tokenizer = build_tokenizer()
+    return JudgeModel(ModelConfig(side=side, vocab_size=len(tokenizer), text_length=40, **JUDGE_SIZES[size]))
+
+
+def train_judge(config: JudgeConfig, accelerator: Accelerator | None = None) -> Iterator[Step]:
+    """Yield a `Step` per update; the averaged judge and its tokenizer are saved to `out/model` at the end."""
+    run = Run(config, accelerator)
+    torch.manual_seed(config.seed)
+    judge = build_judge(config.size, config.side).to(run.device)
+    optimizer, ema = Optimizer(judge, config), EMA(judge, config.ema)
+    run.register("model", judge, optimizer, ema)
+    for index in run.steps():
+        work = lesson(config.batch, config.side, *run.key(index)).to(run.device)
+        output = work.output
+        with run.accelerator.autocast():
+            if index >= config.attack_from:
+                ramp = min(1.0, (index - config.attack_from + 1) / 300)
+                chosen = torch.rand(config.batch, device=run.device) < config.attack_share
+                radius = config.attack_radius * ramp * torch.rand(config.batch, device=run.device) * chosen
+                output = attack(judge, work, radius, config.attack_steps)
+            losses, right, together, alone = yes_no_losses(judge, work, output)
+            spoken = judge(work.caption, image_features=alone).logits.float()
+            caption_loss = F.cross_entropy(spoken.flatten(0, 1), work.caption_labels.flatten(), ignore_index=-100)
+            ground_loss = judge.ground_loss(together, work.ground_reference, work.ground_output)
+            ground_loss = ground_loss + judge.ground_loss(alone, None, work.ground_output)
+            loss = losses.mean() + config.caption_weight * caption_loss + config.ground_weight * ground_loss
+        loss.backward()
+        norm, fine = optimizer.step(index, run.accelerator)
+        ema.update(judge, index)
+        run.metrics.update(loss=losses.mean().item(), caption_loss=caption_loss.item(), ground_loss=ground_loss.item(), accuracy=right.mean().item(), gradient_norm=norm, skipped=float(not fine))
+        yield run.done(index)
+    judge.load_state_dict(ema.shadow)
+    if run.accelerator.is_main_process:
+        judge.save_pretrained(run.folder / "model")
+        build_tokenizer().save_pretrained(run.folder / "model")

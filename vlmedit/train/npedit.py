@@ -1,0 +1,140 @@
+"""Stage 4: NP-Edit. No target image anywhere: a judge's yes and the teacher's manifold are all the student hears
+[arXiv:2510.14978, Sec. 3; Algorithm 1].
+
+Per update: unroll the student on (reference, instruction); at its output take the gradient of each loss by itself (DMD with
+the target caption; the judge's two questions; distance to the reference where the instruction is "do nothing"); add them and
+send the sum back through the unroll once. Then teach the fake score the student's new distribution.
+
+Deviates from the released code: two fake-score updates on the student's own rollout instead of five on fresh ones
+(`fake_updates`, `fake_rollouts`), smaller weights' scale (see config.py); each is a switch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from vlmedit.data import UnpairedBatch, rng_for, unpaired_batch
+from vlmedit.dmd import dmd_gradient, dmd_loss, dmd_scores, draw_dmd_time, fake_score_loss
+from vlmedit.judging import gain_ramp, judge_loss
+from vlmedit.models.dit import DiT
+from vlmedit.models.judge import JudgeModel
+from vlmedit.train.config import NPEditConfig
+from vlmedit.train.engine import EMA, Optimizer, Run, Step
+from vlmedit.unroll import draw_times, rollout
+
+
+def nothing_loss(output: Tensor, reference: Tensor, nothing: Tensor) -> Tensor:
+    """Squared distance to the reference on "do nothing" rows, mean over the batch (method.md 1.2)."""
+    return ((output - reference).square().flatten(1).mean(1) * nothing).mean()
+
+
+class NPEdit:
+    """The roles and one update of each, without loop, logging or files."""
+
+    def __init__(self, config: NPEditConfig, student: DiT, fake: DiT, teacher: DiT, judge: JudgeModel):
+        self.config, self.student, self.fake = config, student, fake
+        self.teacher, self.judge = teacher.requires_grad_(False).eval(), judge.requires_grad_(False).eval()
+        self.cpu: dict[str, float] = {}
+
+    @contextmanager
+    def clock(self, part: str):
+        """Add the CPU-seconds of a block to `part`."""
+        began = time.process_time()
+        yield
+        self.cpu[part] = self.cpu.get(part, 0.0) + time.process_time() - began
+
+    def edit(self, batch: UnpairedBatch, times: tuple[float, ...]) -> Tensor:
+        """Unroll the student: (B, 3, S, S), with a graph when gradients are enabled."""
+        text = self.student.encode_text(batch.instruction)
+        cache = self.student.encode_reference(batch.reference, text) if self.student.config.reference_time == "clean" else batch.reference
+        velocity = lambda x, t: self.student(x, t, text, cache)
+        noise = torch.randn_like(batch.reference)
+        return rollout(velocity, noise, times, self.config.renoise, self.config.gradient_calls).float()
+
+    def caption(self, batch: UnpairedBatch) -> Tensor:
+        return batch.target_caption if self.config.target_caption else batch.reference_caption
+
+    def output_gradients(self, batch: UnpairedBatch, output: Tensor, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Weighted gradient of each loss at the (detached) output, and what was measured on the way."""
+        c, metrics, gradients = self.config, {}, {}
+        x = output.detach().requires_grad_(True)
+        if c.dmd_weight:
+            with self.clock("teacher"):
+                t = draw_dmd_time(len(x), device=x.device)
+                real, fake = dmd_scores(x, self.caption(batch), self.teacher, self.fake, c.guidance, t, torch.randn_like(x))
+                loss = c.dmd_weight * dmd_loss(x, dmd_gradient(x, real, fake, c.dmd_norm))
+                (gradients["dmd"],) = torch.autograd.grad(loss, x)
+        if c.judge_weight:
+            with self.clock("judge"):
+                loss, right = judge_loss(self.judge, batch, x, gain_ramp(step, c.gain_steps), c.identity, c.answer_loss)
+                (gradients["judge"],) = torch.autograd.grad(c.judge_weight * loss, x)
+                metrics.update(judge_loss=loss.item(), p_edit=right[0].mean().item())
+                if c.identity:
+                    metrics["p_identity"] = right[1].mean().item()
+        if c.nothing_weight and batch.nothing.any():
+            loss = c.nothing_weight * nothing_loss(x, batch.reference, batch.nothing)
+            (gradients["nothing"],) = torch.autograd.grad(loss, x)
+        metrics.update({f"gradient_{name}": g.flatten(1).norm(dim=1).mean().item() * len(x) for name, g in gradients.items()})
+        return gradients, metrics
+
+    def student_backward(self, batch: UnpairedBatch, times: tuple[float, ...], step: int) -> tuple[Tensor, dict[str, float]]:
+        """Unroll, gradients at the output, one backward through the unroll. Returns the detached output."""
+        with self.clock("student"):
+            output = self.edit(batch, times)
+        gradients, metrics = self.output_gradients(batch, output, step)
+        with self.clock("student"):
+            output.backward(sum(gradients.values()))
+        return output.detach(), metrics
+
+    def fake_backward(self, samples: Tensor, text: Tensor) -> float:
+        """One flow-matching backward of the fake score on student samples."""
+        with self.clock("fake"):
+            t = torch.rand(len(samples), device=samples.device).clamp(1e-3, 1 - 1e-3)
+            loss = fake_score_loss(self.fake, samples, text, t, torch.randn_like(samples))
+            loss.backward()
+        return loss.item()
+
+
+def train_npedit(config: NPEditConfig, accelerator: Accelerator | None = None) -> Iterator[Step]:
+    """Yield a `Step` per student update, its pictures the first references and edits of the batch; the averaged
+    student is saved to `out/model` at the end."""
+    run = Run(config, accelerator)
+    load = lambda folder: DiT.from_pretrained(folder).to(run.device)
+    roles = NPEdit(config, load(config.student), load(config.teacher), load(config.teacher), JudgeModel.from_pretrained(config.judge).to(run.device))
+    optimizer, fake_optimizer = Optimizer(roles.student, config), Optimizer(roles.fake, config, config.fake_lr)
+    ema = EMA(roles.student, config.ema)
+    run.register("model", roles.student, optimizer, ema)
+    run.register("fake", roles.fake, fake_optimizer)
+    draw = lambda *key: unpaired_batch(config.batch, config.side, *key, pool=config.pool).to(run.device)
+    for index in run.steps():
+        roles.cpu.clear()
+        with roles.clock("data"):
+            batch = draw(*run.key(index))
+        times = draw_times(rng_for("times", config.seed, index), config.calls, config.sampler_steps, config.sampler_shift)
+        with run.accelerator.autocast():
+            output, metrics = roles.student_backward(batch, times, index)
+        with roles.clock("student"):
+            norm, fine = optimizer.step(index, run.accelerator)
+            ema.update(roles.student, index)
+        samples, text = output, roles.caption(batch)
+        for k in range(config.fake_updates if config.dmd_weight else 0):
+            with run.accelerator.autocast():
+                if config.fake_rollouts == "fresh":
+                    other = draw(*run.key(index), "fake", k)
+                    with torch.no_grad(), roles.clock("fake"):
+                        samples, text = roles.edit(other, times), roles.caption(other)
+                metrics["fake_loss"] = roles.fake_backward(samples, text)
+            with roles.clock("fake"):
+                fake_optimizer.step(index, run.accelerator)
+        run.metrics.update(metrics, gradient_norm=norm, skipped=float(not fine))
+        run.metrics.update({f"cpu_{part}": seconds for part, seconds in roles.cpu.items()})
+        yield run.done(index, reference=batch.reference[:8], output=output[:8])
+    roles.student.load_state_dict(ema.shadow)
+    if run.accelerator.is_main_process:
+        roles.student.save_pretrained(run.folder / "model")
