@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -28,6 +28,7 @@ from vlmedit.world.edits import ImpossibleEdit
 from vlmedit.world.language import UnknownInstruction
 
 BAD_INPUT, INTERRUPTED = 2, 130
+RUN_BYTES = 200 * 2**20  # disk space of a training run
 JsonFile = Annotated[Path | None, arg(name="json", metavar="FILE", help="Also write the result as JSON.")]
 Tier = Literal["smoke", "laptop", "gpu"]
 
@@ -211,10 +212,10 @@ def train(
     _raise(_check_json(json))
     if out is not None:
         check_writable(out, "folder")
-        check_space(out, 200 * 2**20)
+        check_space(out, RUN_BYTES)
     given = (read_settings(config) if config else {}) | parse_pairs(set) | ({"out": str(out)} if out else {})
     result = train_main(tier, given) if stage == "main" else train_stage(stage, tier, given)
-    if json and isinstance(result, dict):
+    if json:
         save_json(result, json)
     return 0
 
@@ -269,68 +270,90 @@ def convert(name: str, value: Any, kind: Any) -> Any:
     raise ConfigError(f"{name} is {value!r}; it must be {getattr(kind, '__name__', kind) if origin is None else kind}")
 
 
-def train_stage(stage: str, tier: str, given: dict) -> dict:
-    """Run one training stage with a progress bar; returns its configuration and last metrics."""
+def typed(config_class, given: dict) -> dict:
+    """Settings with their fields' types; unknown keys stay, for `make` to refuse."""
+    kinds = get_type_hints(config_class)
+    return {k: convert(k, v, kinds[k]) if k in kinds else v for k, v in given.items()}
+
+
+def check_run(config) -> None:
+    """Raise `InputError` unless a run's models are there and its folder can be written."""
     from vlmedit.doctor import lacking_models
+
+    _raise(lacking_models(config))
+    check_writable(Path(config.out), "folder")
+    check_space(Path(config.out), RUN_BYTES)
+
+
+def train_stage(stage: str, tier: str, given: dict) -> dict:
+    """Run one training stage; returns its configuration and last metrics."""
     from vlmedit.train.stages import STAGES
 
     if stage not in STAGES:
         near = difflib.get_close_matches(stage, ("main", *STAGES), 1)
         raise ConfigError(f"unknown stage {stage!r}{f' (nearest: {near[0]})' if near else ''}; known: main, {', '.join(STAGES)}")
     config_class, stage_loop = STAGES[stage]
-    kinds = get_type_hints(config_class)
-    config = config_class.make(tier, **{k: convert(k, v, kinds[k]) if k in kinds else v for k, v in given.items()})
-    _raise(lacking_models(config))
-    check_writable(Path(config.out), "folder")
-    check_space(Path(config.out), 200 * 2**20)
-    return follow(stage, tier, config, stage_loop)
-
-
-def follow(stage: str, tier: str, config, stage_loop: Callable) -> dict:
-    """Drive a stage's generator to its end and show where it is."""
-    began, step, skipped = time.time(), None, 0
-    with _progress() as progress, disk_errors(Path(config.out)):
-        task = progress.add_task(stage, total=config.steps, note="")
-        try:
-            for step in stage_loop(config):
-                skipped += step.skipped
-                note = "  ".join(f"{k} {v:.3g}" for k, v in list(step.metrics.items())[:3])
-                progress.update(task, completed=step.index, total=step.total, note=note)
-        except KeyboardInterrupt:
-            progress.stop()
-            done = step.index if step else 0
-            _say(f"stopped after update {done} of {config.steps}; the same command resumes from the last checkpoint in {config.out} (one every {config.save_every} updates)")
-            raise
-    if step is None:
+    config = config_class.make(tier, **typed(config_class, given))
+    check_run(config)
+    began = time.time()
+    with following(stage, config) as watch:
+        for step in stage_loop(config):
+            watch(step)
+    if watch.step is None:
         _say(f"nothing left to do: {config.out} holds a finished run of {config.steps} updates")
     else:
-        _table(f"{stage}, {step.index} updates", step.metrics)
-    return {
-        "stage": stage,
-        "tier": tier,
-        "out": config.out,
-        "config": dataclasses.asdict(config),
-        "updates": step.index if step else config.steps,
-        "skipped": skipped,
-        "metrics": step.metrics if step else {},
-        "seconds": round(time.time() - began, 2),
-    }
+        _table(f"{stage}, {watch.step.index} updates", watch.step.metrics)
+    last = watch.step.metrics if watch.step else {}
+    return {"stage": stage, "tier": tier, **watch.record(), "metrics": last, "seconds": round(time.time() - began, 2)}
 
 
-def train_main(tier: str, given: dict) -> dict | None:
-    """Run the README's main job. Its settings are the arguments of `vlmedit.train.main.run_main`."""
-    from vlmedit.train.main import run_main
+def train_main(tier: str, given: dict) -> dict:
+    """Run the README's main job; returns its configuration and what the oracle measured."""
+    from vlmedit.train.config import NPEditConfig
+    from vlmedit.train.main import live_config, run_main
 
-    known = {k: p for k, p in inspect.signature(run_main).parameters.items() if k != "tier"}
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"unknown setting {key!r} of the main job; known: {', '.join(known)}")
-    kinds = get_type_hints(run_main)
-    settings = {k: v if k == "out" else convert(k, v, kinds.get(k, object)) for k, v in given.items()}
-    if "out" in settings and kinds.get("out") is Path:
-        settings["out"] = Path(settings["out"])
-    with disk_errors(Path(given.get("out", "."))):
-        return run_main(tier=tier, **settings)
+    settings = typed(NPEditConfig, given)
+    config = live_config(tier, **settings)
+    check_run(config)
+    began = time.time()
+    with following("main", config) as watch:
+        metrics = run_main(tier, progress=watch, **settings)
+    for name, found in metrics.items():
+        if isinstance(found, dict):
+            _table(name, {k: v for k, v in found.items() if isinstance(v, float)})
+    _say(f"pictures, metrics and logs are in {config.out}")
+    return {"stage": "main", "tier": tier, **watch.record(), "metrics": metrics, "seconds": round(time.time() - began, 2)}
+
+
+class Watch:
+    """Shows every `Step` it is called with and remembers the last one."""
+
+    def __init__(self, stage: str, config, progress: Progress):
+        self.config, self.progress, self.step, self.skipped = config, progress, None, 0
+        self.task = progress.add_task(stage, total=config.steps, note="")
+
+    def __call__(self, step) -> None:
+        self.step, self.skipped = step, self.skipped + step.skipped
+        note = "  ".join(f"{k} {v:.3g}" for k, v in list(step.metrics.items())[:3])
+        self.progress.update(self.task, completed=step.index, total=step.total, note=note)
+
+    def record(self) -> dict:
+        done = self.step.index if self.step else self.config.steps
+        return {"out": self.config.out, "config": dataclasses.asdict(self.config), "updates": done, "skipped": self.skipped}
+
+
+@contextmanager
+def following(stage: str, config) -> Iterator[Watch]:
+    """A progress bar for a run; when the run is interrupted, says how to go on."""
+    with _progress() as progress, disk_errors(Path(config.out)):
+        watch = Watch(stage, config, progress)
+        try:
+            yield watch
+        except KeyboardInterrupt:
+            progress.stop()
+            done = watch.step.index if watch.step else 0
+            _say(f"stopped after update {done} of {config.steps}; the same command resumes from the last checkpoint in {config.out} (one every {config.save_every} updates)")
+            raise
 
 
 def data(

@@ -36,6 +36,10 @@ EDIT_SHARES = {
 }  # fmt: skip
 
 
+# What a no-pair trainer practises: local edits, or the free-form second task, this very thing in a new scene.
+TASKS = {"edit": EDIT_SHARES, "customise": {"customise": 0.99, "nothing": 0.01}, "both": {**EDIT_SHARES, "customise": 0.2}}
+
+
 class Batch:
     """Tensors move with `.to(device)`; other fields stay."""
 

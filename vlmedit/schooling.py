@@ -104,7 +104,7 @@ def soil(images: Tensor, rng: random.Random) -> tuple[Tensor, list[float]]:
     for i in range(len(images)):
         amount = 0.0
         if rng.random() < 0.3:
-            cells = rng.choice((2, 4, 8, 16, 32))
+            cells = rng.choice([n for n in (2, 4, 8, 16, 32) if n <= images.shape[-1]])
             scale = rng.uniform(0, 0.35) if rng.random() < 0.7 else rng.uniform(0, 0.08)
             dirt = torch.randn(1, 3, cells, cells) * scale
             if cells < images.shape[-1]:

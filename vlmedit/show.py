@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg", force=False)
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure  # without pyplot, which would choose a backend for everybody
 from torch import Tensor
 
 GOOD, BAD = "#0072B2", "#D55E00"  # told apart by every kind of colour vision
@@ -20,11 +17,12 @@ def to_array(picture: Tensor) -> np.ndarray:
     return ((picture.detach().float().cpu().clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy()
 
 
-def strip(rows: Sequence[tuple[Tensor, Sequence[Tensor]]], titles: Sequence[Sequence[str]], path: Path, heads: Sequence[str] = (), frames: Sequence[Sequence[bool | None]] = ()) -> Path:
-    """Save a grid: each row is a reference and its edits. `titles[r][c]` stands over a picture; `frames[r][c]` True or False
-    draws a blue or an orange frame (done or not); `heads` names the columns. Returns the path."""
+def sheet(rows: Sequence[tuple[Tensor, Sequence[Tensor]]], titles: Sequence[Sequence[str]], heads: Sequence[str] = (), frames: Sequence[Sequence[bool | None]] = ()) -> Figure:
+    """A grid: each row is a reference and its edits. `titles[r][c]` stands over a picture; `frames[r][c]` True or False
+    draws a blue or an orange frame (done or not); `heads` names the columns."""
     count = max(1 + len(edits) for _, edits in rows)
-    figure, axes = plt.subplots(len(rows), count, figsize=(1.9 * count, 2.25 * len(rows)), squeeze=False)
+    figure = Figure(figsize=(1.9 * count, 2.25 * len(rows)))
+    axes = figure.subplots(len(rows), count, squeeze=False)
     for r, (reference, edits) in enumerate(rows):
         for c in range(count):
             axis = axes[r][c]
@@ -43,11 +41,20 @@ def strip(rows: Sequence[tuple[Tensor, Sequence[Tensor]]], titles: Sequence[Sequ
                 spine.set_linewidth(3)
                 spine.set_color(GOOD if frame else BAD)
     figure.tight_layout()
+    return figure
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, making its folder; returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return path
+
+
+def strip(rows, titles, path: Path, heads: Sequence[str] = (), frames: Sequence[Sequence[bool | None]] = ()) -> Path:
+    """Save a `sheet`; returns the path."""
+    return save(sheet(rows, titles, heads, frames), path)
 
 
 def wrap(text: str, width: int = 24) -> str:
@@ -62,7 +69,8 @@ def wrap(text: str, width: int = 24) -> str:
 
 def curve(values: dict[str, Sequence[tuple[float, float]]], path: Path, xlabel: str, ylabel: str, title: str) -> Path:
     """Save a line plot of named series of (x, y)."""
-    figure, axis = plt.subplots(figsize=(6, 3.4))
+    figure = Figure(figsize=(6, 3.4))
+    axis = figure.subplots()
     for (name, points), style in zip(values.items(), ("-", "--", "-.", ":") * 4):
         axis.plot([p[0] for p in points], [p[1] for p in points], style, label=name, linewidth=1.8)
     axis.set_xlabel(xlabel)
@@ -71,6 +79,4 @@ def curve(values: dict[str, Sequence[tuple[float, float]]], path: Path, xlabel: 
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return Path(path)
+    return save(figure, path)

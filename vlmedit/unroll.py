@@ -30,6 +30,8 @@ def draw_times(rng: random.Random, calls: str = "mixed", steps: int = 4, shift: 
     if calls == "all":
         return grid
     if calls == "two":
+        if steps < 2:
+            raise ValueError(f"unroll 'two' needs at least 2 steps, got {steps}")
         return grid[0], rng.choice(grid[1:])
     if calls == "mixed":
         k = rng.randrange(steps)

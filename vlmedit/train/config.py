@@ -12,6 +12,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlmedit.data import TASKS
+
 TIERS = ("smoke", "laptop", "gpu")
 
 
@@ -159,11 +161,14 @@ class NPEditConfig(TrainConfig):
     gain_steps: int = 100  # updates of the logit-gain ramp; R: 2000 of 14000
     target_caption: bool = True  # False: DMD sees the reference's caption, which does not carry the edit
     pool: int | None = None  # distinct training requests; None is unlimited
+    task: str = "edit"  # edit, customise or both
 
     def __post_init__(self):
         super().__post_init__()
         if self.dmd_weight == 0 and self.judge_weight == 0:
             raise ConfigError("dmd_weight and judge_weight are both 0; nothing would be learnt")
+        if self.task not in TASKS:
+            raise ConfigError(f"task is {self.task!r}; known: {', '.join(TASKS)}")
         if self.fake_rollouts not in ("shared", "fresh"):
             raise ConfigError(f"fake_rollouts is {self.fake_rollouts!r}; known: shared, fresh")
 

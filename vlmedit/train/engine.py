@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -38,6 +39,9 @@ class Step:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
+    """An accelerator of the stage's precision; accelerate alone would refuse a second precision within one process."""
+    if AcceleratorState._shared_state.get("_mixed_precision", config.precision) != config.precision:
+        AcceleratorState._reset_state()
     return Accelerator(mixed_precision=config.precision)
 
 

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from vlmedit.data import UnpairedBatch, rng_for, unpaired_batch
+from vlmedit.data import TASKS, UnpairedBatch, rng_for, unpaired_batch
 from vlmedit.dmd import dmd_gradient, dmd_loss, dmd_scores, draw_dmd_time, fake_score_loss
 from vlmedit.judging import gain_ramp, judge_loss
 from vlmedit.models.dit import DiT
@@ -111,7 +111,7 @@ def train_npedit(config: NPEditConfig, accelerator: Accelerator | None = None) -
     ema = EMA(roles.student, config.ema)
     run.register("model", roles.student, optimizer, ema)
     run.register("fake", roles.fake, fake_optimizer)
-    draw = lambda *key: unpaired_batch(config.batch, config.side, *key, pool=config.pool).to(run.device)
+    draw = lambda *key: unpaired_batch(config.batch, config.side, *key, kinds=TASKS[config.task], pool=config.pool).to(run.device)
     for index in run.steps():
         roles.cpu.clear()
         with roles.clock("data"):

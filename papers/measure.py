@@ -1,0 +1,183 @@
+"""Regenerate the figures of README.md and papers/npedit.md: one JSON file each in papers/results/.
+
+    python papers/measure.py all                # everything that needs no training, from the shipped checkpoints
+    python papers/measure.py teacher judge editor foreign cost
+    python papers/measure.py arms --updates 400 --seeds 0      # trains and measures the ablation arms first
+
+Figures are of held-out requests, by the oracle; standard errors are over requests, binomial.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+sys.path.insert(0, str(HERE.parent / "tests"))  # the foreign drawings live with the tests
+
+from vlmedit.evaluate import evaluate_judge, evaluate_student, evaluate_teacher, judge_against_oracle  # noqa: E402
+from vlmedit.models.dit import DiT  # noqa: E402
+from vlmedit.models.judge import JudgeModel  # noqa: E402
+from vlmedit.models.pipeline import checkpoint  # noqa: E402
+from vlmedit.train.config import DistillConfig, NPEditConfig, SFTConfig  # noqa: E402
+from vlmedit.train.distill import train_distill  # noqa: E402
+from vlmedit.train.npedit import train_npedit  # noqa: E402
+from vlmedit.train.sft import train_sft  # noqa: E402
+
+SEEDS = (0, 1, 2)
+
+
+def load(role: str):
+    kind = JudgeModel if role == "judge" else DiT
+    return kind.from_pretrained(checkpoint("shapes", role)).eval()
+
+
+def write(name: str, figures) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(name, json.dumps(figures, indent=2))
+
+
+def measure_teacher(args) -> None:
+    """Caption fidelity of the teacher at 30 guided steps, and of its 4-step distillation by DMD alone."""
+    figures = {"teacher": [evaluate_teacher(load("teacher"), args.n, s, steps=30)[0] for s in args.seeds]}
+    with tempfile.TemporaryDirectory() as out:
+        config = DistillConfig.make("laptop", teacher=str(checkpoint("shapes", "teacher")), out=out, steps=args.updates)
+        for _ in train_distill(config):
+            pass
+        student = DiT.from_pretrained(Path(out) / "model").eval()
+    figures["distilled"] = [evaluate_teacher(student, args.n, s, steps=4, guidance=1, sampler="renoise")[0] for s in args.seeds]
+    write("teacher", figures)
+
+
+def measure_judge(args) -> None:
+    """Accuracy per question: clean, under attack, on the warm student's and the editor's outputs."""
+    judge = load("judge")
+    figures = {"clean": evaluate_judge(judge, 1024), "attacked": evaluate_judge(judge, 512, radius=2.5)}
+    for role in ("warm", "editor"):
+        figures[f"on {role} outputs"] = judge_against_oracle(judge, evaluate_student(load(role), None, args.n)[1])
+    write("judge", figures)
+
+
+def measure_editor(args) -> None:
+    """The shipped editor and its warm start, three seeds; steps 1, 2, 4, 8 at one seed."""
+    judge = load("judge")
+    figures = {role: [evaluate_student(load(role), judge, args.n, s)[0] for s in args.seeds] for role in ("warm", "editor")}
+    figures["steps"] = {k: evaluate_student(load("editor"), judge, args.n, 0, steps=k)[0] for k in (1, 2, 4, 8)}
+    write("editor", figures)
+
+
+def measure_foreign(args) -> None:
+    """Success on drawings of other programs."""
+    from foreign import draw_all
+
+    import vlmedit
+    from vlmedit.pictures import load_picture
+    from vlmedit.world.oracle import judge_edit, parse
+
+    pipe = vlmedit.load("shapes")
+    verdicts: dict[str, list[bool]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for drawing in draw_all(Path(folder)):
+            pixels = load_picture(drawing.path).pixels(pipe.side)
+            output = pipe(pixels, drawing.instruction, seed=0, output_type="pt").images
+            verdict = judge_edit(drawing.scene, parse(output)[0], drawing.edit)
+            for key in ("all", drawing.program, drawing.edit.type):
+                verdicts.setdefault(key, []).append(verdict.success)
+    write("foreign", {k: {"success": sum(v) / len(v), "n": len(v)} for k, v in verdicts.items()})
+
+
+def measure_cost(args) -> None:
+    """CPU-seconds per NP-Edit update and their split; latency of one 4-step edit; peak memory."""
+    import vlmedit
+    from vlmedit.train.main import live_config
+
+    split: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as out:
+        config = live_config("laptop", out, steps=12)
+        began = time.process_time()
+        for step in train_npedit(config):
+            if step.index == 2:
+                began, split = time.process_time(), {}
+            for name, value in step.metrics.items():
+                if name.startswith("cpu_") and name != "cpu_seconds" and step.index > 2:
+                    split[name[4:]] = split.get(name[4:], 0) + value / 10
+        seconds = (time.process_time() - began) / 10
+    pipe = vlmedit.load("shapes")
+    picture = torch.zeros(1, 3, pipe.side, pipe.side)
+    pipe(picture, "make the circle red", seed=0)
+    began = time.process_time()
+    for _ in range(10):
+        pipe(picture, "make the circle red", seed=0)
+    latency = (time.process_time() - began) / 10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    write("cost", {"cpu_seconds_per_update": seconds, "split": split, "batch": config.batch, "samples_per_cpu_second": config.batch / seconds, "edit_cpu_seconds": latency, "peak_memory_mib": peak})
+
+
+ARMS = {
+    "full": {},
+    "DMD only": dict(judge_weight=0.0),
+    "judge only": dict(dmd_weight=0.0),
+    "caption-blind DMD": dict(target_caption=False),
+    "no identity question": dict(identity=False),
+    "full-vocabulary loss": dict(answer_loss="vocabulary"),
+}
+
+
+def measure_arms(args) -> None:
+    """Ablation arms and the paired rival: same warm start, batch and number of student updates."""
+    judge = load("judge")
+    roles = dict(teacher=str(checkpoint("shapes", "teacher")), judge=str(checkpoint("shapes", "judge")))
+    warm = str(checkpoint("shapes", "warm"))
+    path = RESULTS / "arms.json"
+    figures = json.loads(path.read_text()) if path.exists() else {}
+    for seed in args.seeds:
+        for arm in args.arms or [*ARMS, "paired SFT"]:
+            key = f"{arm}/{args.updates}/{seed}"
+            if key in figures:
+                continue
+            out = Path(args.out) / key.replace(" ", "-").replace("/", "-")
+            began = time.process_time()
+            common = dict(student=warm, out=str(out), steps=args.updates, seed=seed)
+            if arm == "paired SFT":
+                run = train_sft(SFTConfig.make("laptop", **common))
+            else:
+                run = train_npedit(NPEditConfig.make("laptop", **common, **roles, **ARMS[arm]))
+            for _ in run:
+                pass
+            trained = time.process_time() - began
+            student = DiT.from_pretrained(out / "model").eval()
+            entry = {"cpu_seconds": trained, "4 steps": evaluate_student(student, judge, args.n, 0)[0]}
+            if arm == "paired SFT":
+                entry["4 steps, Euler"] = evaluate_student(student, judge, args.n, 0, sampler="euler")[0]
+                entry["30 steps"] = evaluate_student(student, judge, args.n, 0, steps=30, sampler="euler")[0]
+            figures = {**(json.loads(path.read_text()) if path.exists() else {}), key: entry}
+            write("arms", figures)
+
+
+PARTS = {"teacher": measure_teacher, "judge": measure_judge, "editor": measure_editor, "foreign": measure_foreign, "cost": measure_cost}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=["all", "arms", *PARTS])
+    parser.add_argument("--n", type=int, default=512, help="held-out requests")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--updates", type=int, default=400, help="of each arm and of the distillation")
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, "paired SFT"])
+    parser.add_argument("--out", default="runs/arms")
+    args = parser.parse_args()
+    for part in PARTS if "all" in args.parts else args.parts:
+        measure_arms(args) if part == "arms" else PARTS[part](args)
+
+
+if __name__ == "__main__":
+    main()
