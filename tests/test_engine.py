@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from vlmedit.data import TEXT_LENGTH, captioned_batch, seed_torch
-from vlmedit.flow import flow_matching_loss, logit_normal_time
+from vlmedit.data import GROUND_CLASSES, TEXT_LENGTH, captioned_batch, seed_torch
+from vlmedit.flow import interpolate, logit_normal_time, velocity_target
 from vlmedit.models.dit import DiT
+from vlmedit.models.judge import ground_loss
 from vlmedit.models.text import build_tokenizer
 from vlmedit.train import engine
 from vlmedit.train.config import TIERS, ConfigError, JudgeConfig, TeacherConfig, TrainConfig
@@ -364,7 +365,7 @@ def joint_teacher(config: TeacherConfig, processes: int) -> tuple[DiT, list[floa
     """The reference, in one process: gradients of every rank's batch summed by autograd and divided once."""
     accelerator = make_accelerator(config)
     torch.manual_seed(config.seed)
-    model = DiT(side=config.side, vocab_size=len(build_tokenizer()), text_length=TEXT_LENGTH)
+    model = DiT(side=config.side, vocab_size=len(build_tokenizer()), text_length=TEXT_LENGTH, ground_classes=GROUND_CLASSES)
     optimizer, losses = Optimizer(model, config), []
     for index in range(config.steps):
         for rank in range(processes):
@@ -373,8 +374,9 @@ def joint_teacher(config: TeacherConfig, processes: int) -> tuple[DiT, list[floa
             text = drop_text(batch.caption, config.text_dropout)
             t = logit_normal_time(config.batch, config.time_shift)
             eps = torch.randn_like(batch.image)
-            loss = flow_matching_loss(lambda x, t, text=text: model(x, t, text), batch.image, t, eps).mean()
-            (loss / processes).backward()
+            v, seen = model(interpolate(batch.image, eps, t), t, text, with_ground=True)
+            loss = (v - velocity_target(batch.image, eps)).square().mean()
+            ((loss + config.ground_weight * ground_loss(seen, batch.ground)) / processes).backward()
             losses.append(loss.item())
         optimizer.step(index, accelerator)
     return model, losses

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import SIDE, pictures, tiny_judge
+from tiny_models import SIDE, pictures, requests, tiny_judge
 
-from vlmedit.data import UnpairedBatch, unpaired_batch
+from vlmedit.data import UnpairedBatch
 from vlmedit.judging import ANSWER_LOSSES, answer_logits, gain_ramp, judge_loss, see, vocabulary_loss, yes_no_loss
 
 GAINS = (0.1, 0.55, 1.0)
@@ -105,11 +105,8 @@ def judge():
 
 @pytest.fixture(scope="module")
 def mixed() -> UnpairedBatch:
-    """Six requests, removals among others."""
-    batches = [unpaired_batch(2, SIDE, 0, kinds=(kind,)) for kind in ("recolor", "remove", "move")]
-    cat = lambda name: torch.cat([getattr(b, name) for b in batches])
-    names = [f for f in vars(batches[0]) if f != "types"]
-    return UnpairedBatch(**{n: cat(n) for n in names}, types=sum((b.types for b in batches), ()))
+    """Six requests, two of them removals."""
+    return requests("recolor", "move", "remove", "remove", "add", "background")
 
 
 def test_mixed_questions_equal_each_asked_alone(judge, mixed):

@@ -125,7 +125,7 @@ def test_settings_of_the_papers_table_are_the_configs():
     assert (32, 3, 4, 128, 6) == dit[:5] and "patch 4, width 128, depth 6" in here["base model"]
     g = lambda x: f"{x:g}".replace("0.", ".", 1) if 0 < x < 1 else f"{x:g}"
     assert f"size {JudgeConfig.make('laptop').size}" in here["judge"] and here["resolution"] == f"{c.side} x {c.side}"
-    assert here["warm-up"].startswith(f"{w.steps:,} updates") and here["its batch, learning rate"].startswith(f"{w.batch}; {w.lr * 1000:g}e-3 to {w.final_lr:.0%}".replace("%", " %"))
+    assert here["warm-up"].startswith(f"{w.steps:,} updates, of which {w.reading_steps} for reading") and here["its batch, learning rate"].startswith(f"{w.batch}; {w.lr * 1000:g}e-3 to {w.final_lr:.0%}".replace("%", " %"))
     assert here["its time shift, text dropout"] == f"{g(w.time_shift)}, {g(w.text_dropout)}"
     assert here["main stage: updates".replace("main stage", "main stage**")] == f"{c.steps:,}; main job's live run {LIVE['laptop']['steps']}"
     assert here["batch"] == str(c.batch)

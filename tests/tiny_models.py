@@ -1,9 +1,12 @@
 """The suite's models shrunk to a few thousand random weights, for tests."""
 
+from dataclasses import fields
+
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
+from vlmedit.data import UnpairedBatch, unpaired_batch
 from vlmedit.models.dit import DiT
 from vlmedit.models.judge import JudgeConfig, JudgeModel
 from vlmedit.models.pipeline import EditPipeline
@@ -37,6 +40,13 @@ def tiny_pipeline(shift=3.0, judge=True, stochastic=True, **config) -> EditPipel
 
 def pictures(batch: int, seed=0, side=SIDE) -> torch.Tensor:
     return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def requests(*kinds: str, seed=0, side=SIDE) -> UnpairedBatch:
+    """One request per edit type named, in that order."""
+    rows = [unpaired_batch(1, side, seed, i, kinds=(kind,)) for i, kind in enumerate(kinds)]
+    tensors = {f.name: torch.cat([getattr(r, f.name) for r in rows]) for f in fields(UnpairedBatch) if f.name != "types"}
+    return UnpairedBatch(**tensors, types=tuple(kinds))
 
 
 def saved_elements(compute) -> int:

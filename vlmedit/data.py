@@ -24,8 +24,9 @@ from vlmedit.models.text import encode
 from vlmedit.world.edits import ALL_TYPES, Edit, ImpossibleEdit, apply_edit, sample_edit
 from vlmedit.world.language import Question, caption, edit_question, identity_question, instruct
 from vlmedit.world.render import render
-from vlmedit.world.scene import Scene, sample_scene
+from vlmedit.world.scene import BACKGROUNDS, COLORS, SHAPES, SIDES, STYLES, TEXTURES, Scene, sample_scene
 
+GROUND_CLASSES = (len(SHAPES) + 1, len(COLORS) + 1, len(TEXTURES) + 1)  # of a patch, each with "nothing"
 TEXT_LENGTH = 24  # words of a caption, an instruction or a question, padded
 HELD_OUT = "held-out"  # prefix of every evaluation stream's seed; no trainer uses it
 
@@ -54,6 +55,7 @@ class Batch:
 class CaptionedBatch(Batch):
     image: Tensor  # (B, 3, S, S) in [-1, 1]
     caption: Tensor  # (B, L) ids
+    ground: Tensor  # (B, (S / 4)^2, 3): what each patch shows, see `ground`
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,23 @@ def target_of(example: Example, rng: random.Random) -> Scene:
     return apply_edit(example.scene, example.edit, random.Random(0))
 
 
+def ground(scenes: list[Scene], grid: int) -> Tensor:
+    """What each patch shows: (B, grid * grid, 3) indices of shape, color and texture, counted from 1; 0 is background."""
+    labels = torch.zeros(len(scenes), grid, grid, 3, dtype=torch.long)
+    center = (torch.arange(grid) + 0.5) / grid
+    for b, scene in enumerate(scenes):
+        for t in scene.things:
+            reach = t.size + 0.25 / grid
+            inside = ((center - t.y).abs() <= reach)[:, None] & ((center - t.x).abs() <= reach)[None]
+            labels[b, inside] = torch.tensor((SHAPES.index(t.shape) + 1, tuple(COLORS).index(t.color) + 1, TEXTURES.index(t.texture) + 1))
+    return labels.flatten(1, 2)
+
+
 def captioned_batch(batch: int, side: int, *seed) -> CaptionedBatch:
     """Pictures with their captions."""
     rng = rng_for("captioned", *seed)
     scenes = [sample_scene(rng) for _ in range(batch)]
-    return CaptionedBatch(render(scenes, side), encode([caption(s) for s in scenes], TEXT_LENGTH))
+    return CaptionedBatch(render(scenes, side), encode([caption(s) for s in scenes], TEXT_LENGTH), ground(scenes, side // 4))
 
 
 def references(examples: Sequence[Example], side: int, rng: random.Random, jpeg_share: float = 0.2) -> Tensor:
@@ -172,6 +186,21 @@ def unpaired_batch(batch: int, side: int, *seed, kinds=None, pool: int | None = 
         nothing=torch.tensor([float(e.edit.type == "nothing") for e in examples]),
         types=tuple(e.edit.type for e in examples),
     )
+
+
+SLOTS = {
+    "type": ALL_TYPES, "shape": SHAPES, "color": tuple(COLORS), "texture": TEXTURES, "new_shape": SHAPES,
+    "background": tuple(BACKGROUNDS), "side": tuple(SIDES), "style": STYLES,
+}  # fmt: skip
+
+
+def reading_batch(batch: int, *seed) -> tuple[Tensor, Tensor]:
+    """Instructions (B, L) ids and what they ask for: (B, slots) indices from 1, 0 where a slot is not named. No pictures."""
+    rng = rng_for("reading", *seed)
+    examples = [sample_example(rng, ALL_TYPES) for _ in range(batch)]
+    index = lambda words, word: 0 if word is None else words.index(word) + 1
+    labels = [[index(words, getattr(e.edit, slot)) for slot, words in SLOTS.items()] for e in examples]
+    return encode([e.instruction for e in examples], TEXT_LENGTH), torch.tensor(labels)
 
 
 def paired_batch(batch: int, side: int, *seed, kinds=None) -> PairedBatch:

@@ -63,7 +63,7 @@ def edit_examples(student: DiT, examples: Sequence[Example], steps: int = 4, see
         given = student.encode_reference(reference, text) if clean else reference
         noise = torch.randn(reference.shape, generator=generator).to(device)
         times = flow.few_step_times(steps, shift)
-        output = flow.sample(lambda x, t: student(x, t, text, given), noise, times, sampler, generator if device.type == "cpu" else None)
+        output = flow.sample(lambda x, t: student(x, t, text, given), noise, times, sampler, generator)
         references.append(reference.cpu())
         outputs.append(output.clamp(-1, 1).cpu())
     return torch.cat(references), torch.cat(outputs)
@@ -94,19 +94,19 @@ def ask_judge(judge: JudgeModel, examples: Sequence[Example], reference: Tensor,
     """The judge's probability of the right answer, (2, N): edit and identity question."""
     parts = []
     for i in range(0, len(examples), batch):
-        part = examples[i : i + batch]
+        part, device = examples[i : i + batch], judge.device
         questions = [edit_question(e.edit, e.instruction) for e in part]
         identity = [identity_question(e.edit, e.instruction).text for e in part]
         rows = _Questions(
-            reference[i : i + batch],
-            encode([q.text for q in questions], TEXT_LENGTH),
-            torch.tensor([float(q.answer) for q in questions]),
-            torch.tensor([float(q.pair) for q in questions]),
-            encode(identity, TEXT_LENGTH),
+            reference[i : i + batch].to(device),
+            encode([q.text for q in questions], TEXT_LENGTH).to(device),
+            torch.tensor([float(q.answer) for q in questions], device=device),
+            torch.tensor([float(q.pair) for q in questions], device=device),
+            encode(identity, TEXT_LENGTH).to(device),
         )
-        logits, answers, _ = answer_logits(judge, rows, output[i : i + batch])
+        logits, answers, _ = answer_logits(judge, rows, output[i : i + batch].to(device))
         margin = logits[:, judge.config.yes_token_id] - logits[:, judge.config.no_token_id]
-        parts.append((margin * (2 * answers - 1)).sigmoid().unflatten(0, (2, -1)))
+        parts.append((margin * (2 * answers - 1)).sigmoid().unflatten(0, (2, -1)).cpu())
     return torch.cat(parts, 1)
 
 
@@ -153,18 +153,18 @@ def evaluate_teacher(teacher: DiT, n: int = 256, seed: int = 0, steps: int = 30,
     """Caption fidelity of samples by the oracle, and the samples. `guidance` 1 for a distilled student."""
     rng = rng_for("held-out", "captions", seed)
     scenes = [sample_scene(rng) for _ in range(n)]
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), next(teacher.parameters()).device
     samples = []
     for i in range(0, n, batch):
-        text = teacher.encode_text(encode([caption(s) for s in scenes[i : i + batch]], TEXT_LENGTH))
-        empty = teacher.encode_text(torch.zeros(len(text), TEXT_LENGTH, dtype=torch.long))
+        ids = encode([caption(s) for s in scenes[i : i + batch]], TEXT_LENGTH).to(device)
+        text, empty = teacher.encode_text(ids), teacher.encode_text(torch.zeros_like(ids))
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             v = teacher(x, t, text)
             return v if guidance == 1 else flow.guide(v, teacher(x, t, empty), guidance)
 
-        noise = torch.randn(len(text), 3, teacher.config.side, teacher.config.side, generator=generator)
-        samples.append(flow.sample(velocity, noise, flow.few_step_times(steps, shift), sampler, generator).clamp(-1, 1))
+        noise = torch.randn(len(text), 3, teacher.config.side, teacher.config.side, generator=generator).to(device)
+        samples.append(flow.sample(velocity, noise, flow.few_step_times(steps, shift), sampler, generator).clamp(-1, 1).cpu())
     samples = torch.cat(samples)
     readings = parse(samples)
     fine = [says_the_same(s, r.scene) for s, r in zip(scenes, readings)]
@@ -180,15 +180,15 @@ def evaluate_teacher(teacher: DiT, n: int = 256, seed: int = 0, steps: int = 30,
 def evaluate_judge(judge: JudgeModel, pairs: int = 1024, seed: int = 0, radius: float = 0.0, attack_steps: int = 10, batch: int = 64) -> dict:
     """Accuracy per question on held-out lessons, clean or under L2 attack of `radius` ([-1, 1] pixel units)."""
     right = defaultdict(list)
-    for b in range(max(1, pairs // batch)):
-        work = lesson(batch, judge.config.side, "held-out", seed, b)
+    for b, first in enumerate(range(0, pairs, batch)):
+        work = lesson(min(batch, pairs - first), judge.config.side, "held-out", seed, b).to(judge.device)
         output = work.output
         if radius:
-            output = attack(judge, work, torch.full((batch,), radius), attack_steps)
+            output = attack(judge, work, torch.full((len(work),), radius, device=judge.device), attack_steps)
         with torch.no_grad():
             _, ok, _, _ = yes_no_losses(judge, work, output)
         asked = work.answers >= 0
-        kinds = ["edit", "identity"] * (2 * batch)
+        kinds = ["edit", "identity"] * (2 * len(work))
         names = [k for k, a in zip(kinds, asked.tolist()) if a] + ["presence"] * int((work.single_answers >= 0).sum())
         for name, value in zip(names, ok.tolist(), strict=True):
             right[name].append(value)

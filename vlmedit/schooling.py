@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmedit.data import Batch, Example, rng_for, sample_example, target_of
+from vlmedit.data import Batch, Example, ground, rng_for, sample_example, target_of
 from vlmedit.models.text import END, NO, PAD, YES, build_tokenizer
 from vlmedit.world.edits import ALL_TYPES, ImpossibleEdit, apply_edit, sample_edit
 from vlmedit.world.language import DESCRIBE, PRESENCE, Question, caption, edit_question, identity_question, instruct
 from vlmedit.world.render import render
-from vlmedit.world.scene import COLORS, SHAPES, TEXTURES, Scene, sample_scene
+from vlmedit.world.scene import SHAPES, Scene, sample_scene
 from vlmedit.world.verdict import edit_done, rest_kept
 
 SHARES = {"right": 0.30, "same": 0.12, "collateral": 0.22, "wrong": 0.18, "drifted": 0.12, "other": 0.06}
@@ -45,18 +45,6 @@ class Lesson(Batch):
     ground_output: Tensor
     kinds: tuple[str, ...]
     types: tuple[str, ...]
-
-
-def ground(scenes: list[Scene], grid: int) -> Tensor:
-    """What each patch shows: (B, grid * grid, 3) indices of shape, color and texture, counted from 1; 0 is background."""
-    labels = torch.zeros(len(scenes), grid, grid, 3, dtype=torch.long)
-    center = (torch.arange(grid) + 0.5) / grid
-    for b, scene in enumerate(scenes):
-        for t in scene.things:
-            reach = t.size + 0.25 / grid
-            inside = ((center - t.y).abs() <= reach)[:, None] & ((center - t.x).abs() <= reach)[None]
-            labels[b, inside] = torch.tensor((SHAPES.index(t.shape) + 1, tuple(COLORS).index(t.color) + 1, TEXTURES.index(t.texture) + 1))
-    return labels.flatten(1, 2)
 
 
 def _drift(scene: Scene, rng: random.Random) -> Scene:
@@ -98,26 +86,28 @@ def _shown(example: Example, kind: str, rng: random.Random) -> Scene:
 
 
 def soil(images: Tensor, rng: random.Random) -> tuple[Tensor, list[float]]:
-    """Add coarse or fine smudges to some pictures; returns them and the root mean square of what was added."""
-    rms = []
+    """Smudge, speckle or blur some pictures; returns them and the root mean square of the change."""
     out = images.clone()
     for i in range(len(images)):
-        amount = 0.0
-        if rng.random() < 0.3:
+        dice = rng.random()
+        if dice < 0.3:
             cells = rng.choice([n for n in (2, 4, 8, 16, 32) if n <= images.shape[-1]])
-            scale = rng.uniform(0, 0.35) if rng.random() < 0.7 else rng.uniform(0, 0.08)
+            scale = rng.uniform(0, 0.35) if rng.random() < 0.5 else rng.uniform(0, 0.15)
             dirt = torch.randn(1, 3, cells, cells) * scale
             if cells < images.shape[-1]:
                 dirt = F.interpolate(dirt, size=images.shape[-2:], mode=rng.choice(("bilinear", "nearest")))
             out[i] = (images[i] + dirt[0]).clamp(-1, 1)
-            amount = float((out[i] - images[i]).square().mean().sqrt())
-        elif rng.random() < 0.15:
-            out[i] = F.avg_pool2d(F.pad(images[i][None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0]
-        rms.append(amount)
-    return out, rms
+        elif dice < 0.45:
+            blurred = images[i][None]
+            for _ in range(rng.choice((1, 1, 2, 3))):
+                blurred = F.avg_pool2d(F.pad(blurred, (1, 1, 1, 1), mode="replicate"), 3, 1)
+            out[i] = torch.lerp(images[i], blurred[0], rng.uniform(0.2, 1))
+    return out, (out - images).flatten(1).square().mean(1).sqrt().tolist()
 
 
-MILD, HEAVY = 0.10, 0.22  # rms of dirt that keeps the labels, and that denies identity
+# Root mean square of dirt, [-1, 1] units. Up to SPOTLESS a picture still counts as the same (the adversary's radius lies
+# below); from SOILED on it does not; beyond RUINED what it shows is not asked about.
+SPOTLESS, SOILED, RUINED = 0.04, 0.075, 0.20
 
 
 def lesson(pairs: int, side: int, *seed) -> Lesson:
@@ -151,7 +141,7 @@ def lesson(pairs: int, side: int, *seed) -> Lesson:
     for i, (example, after) in enumerate(zip(examples, shown)):
         before = example.scene
         half = float(blend[i]) < 0.8
-        clean, ruined = dirt[i] < MILD, dirt[i] > HEAVY
+        clean, spotless, soiled = dirt[i] < RUINED, dirt[i] < SPOTLESS, dirt[i] > SOILED
         hypothetical = sample_edit(before, rng.choice(ALL_TYPES[:9]), rng) or example.edit
         asked_single: list[tuple[str, int]] = []
         for edit in (example.edit, hypothetical):
@@ -163,11 +153,11 @@ def lesson(pairs: int, side: int, *seed) -> Lesson:
             else:
                 kept_known = True
             if edit.type == "nothing":
-                done = kept and not ruined and not half
+                done = kept and not soiled and not half
             # an edit that a half blend or heavy dirt leaves open is not asked about
             open_edit = (half and not edit_done(before, after, edit)) or (not clean)
             if edit.type == "nothing":
-                open_edit = not clean and not ruined
+                open_edit = not spotless and not soiled
             row = label(question, done, not open_edit)
             if question.pair:
                 pair_rows.append(row)
@@ -175,8 +165,8 @@ def lesson(pairs: int, side: int, *seed) -> Lesson:
                 pair_rows.append((identity.text, -1))
                 # `is there a ...`: yes while any of it can be seen
                 asked_single.append((question.text, int(not edit_done(before, after, edit)) if clean and not half else -1))
-            kept_truth = kept and not ruined
-            pair_rows.append(label(identity, kept_truth, (clean and kept_known) or ruined))
+            kept_truth = kept and not soiled
+            pair_rows.append(label(identity, kept_truth, (spotless and kept_known) or soiled))
         shape = rng.choice(SHAPES)
         there = any(t.shape == shape for t in after.things)
         asked_single.append((PRESENCE.format(shape), int(there) if clean and not half else -1))
@@ -197,7 +187,7 @@ def lesson(pairs: int, side: int, *seed) -> Lesson:
         if not asked:
             labels[i] = -100
     ground_output = ground(shown, side // 4)
-    ground_output[(blend < 0.8) | (torch.tensor(dirt) > MILD)] = -100
+    ground_output[(blend < 0.8) | (torch.tensor(dirt) > RUINED)] = -100
     return Lesson(
         reference=reference,
         output=output,

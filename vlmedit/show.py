@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,10 @@ def sheet(rows: Sequence[tuple[Tensor, Sequence[Tensor]]], titles: Sequence[Sequ
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, making its folder; returns the path."""
+    """Lay out and write a figure, its folder made where it is missing. Returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
     figure.savefig(path, dpi=110)
     return path
 

@@ -135,6 +135,7 @@ class DiT(ModelMixin, ConfigMixin):
         text_length: int = 24,
         text_layers: int = 2,
         reference_time: str = "clean",
+        ground_classes: tuple[int, ...] = (5, 7, 4),
     ):
         super().__init__()
         if side % patch:
@@ -152,6 +153,7 @@ class DiT(ModelMixin, ConfigMixin):
         self.norm = nn.LayerNorm(width)
         self.unpatchify = nn.ConvTranspose2d(width, stem_channels, patch, stride=patch)
         self.head = nn.Sequential(nn.Conv2d(2 * stem_channels, stem_channels, 3, padding=1), nn.GELU(), nn.Conv2d(stem_channels, channels, 3, padding=1))
+        self.ground = nn.Linear(width, sum(ground_classes))  # teacher's training only: what a noisy patch will show
         self.register_buffer("rope", rotary_table(grid, width // heads), persistent=False)
         self.gradient_checkpointing = False
         nn.init.zeros_(self.modulation.weight)
@@ -162,8 +164,9 @@ class DiT(ModelMixin, ConfigMixin):
         embedded = self.time(time_features(t, self.config.width).to(self.time[0].weight.dtype)) + text.mean(1)
         return self.modulation(F.silu(embedded)).unflatten(-1, (6, -1))
 
-    def run_blocks(self, tokens: Tensor, text: Tensor, modulation: Tensor, cache: Cache | None, reference: bool = False) -> tuple[Tensor, Cache]:
-        own = []
+    def run_blocks(self, tokens: Tensor, text: Tensor, modulation: Tensor, cache: Cache | None, reference: bool = False) -> tuple[Tensor, Cache, Tensor]:
+        """Tokens after the last block, the stream's keys and values per block, and the tokens halfway."""
+        own, middle = [], tokens
         for i, block in enumerate(self.blocks):
             last = reference and i + 1 == len(self.blocks)
             args = (tokens, text, modulation, self.rope, cache[i] if cache else None, last)
@@ -172,7 +175,9 @@ class DiT(ModelMixin, ConfigMixin):
             else:
                 tokens, kv = block(*args)
             own.append(kv)
-        return tokens, own
+            if i + 1 == (len(self.blocks) + 1) // 2:
+                middle = tokens
+        return tokens, own, middle
 
     def embed(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Full-resolution stem features and patch tokens (B, N, d)."""
@@ -188,15 +193,17 @@ class DiT(ModelMixin, ConfigMixin):
         _, tokens = self.embed(reference)
         return self.run_blocks(tokens + self.reference_embed, text, self.condition(time, text), None, reference=True)[1]
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, reference: Tensor | Cache | None = None) -> Tensor:
-        """Velocity (B, C, H, W). `text`: ids (B, L) or encoded states; `reference`: pixels or a cache of `encode_reference`."""
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, reference: Tensor | Cache | None = None, with_ground: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Velocity (B, C, H, W). `text`: ids (B, L) or encoded states; `reference`: pixels or a cache of `encode_reference`.
+        `with_ground` also returns logits (B, N, sum of ground_classes) of what each patch shows, read off halfway."""
         if not text.is_floating_point():
             text = self.encode_text(text)
         if isinstance(reference, Tensor):
             reference = self.encode_reference(reference, text, t)
         features, tokens = self.embed(x)
-        tokens, _ = self.run_blocks(tokens, text, self.condition(t, text), reference)
+        tokens, _, middle = self.run_blocks(tokens, text, self.condition(t, text), reference)
         grid = self.config.side // self.config.patch
         wide = self.unpatchify(self.norm(tokens).transpose(1, 2).unflatten(2, (grid, grid)))
         x0 = self.head(torch.cat((wide, features.to(wide.dtype)), 1))
-        return flow.to_velocity(x, x0.to(x.dtype), t.clamp(min=MIN_TIME))
+        v = flow.to_velocity(x, x0.to(x.dtype), t.clamp(min=MIN_TIME))
+        return (v, self.ground(middle)) if with_ground else v

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from vlmedit.data import GROUND_CLASSES
 from vlmedit.models.dit import attend
 
 
@@ -47,7 +48,11 @@ class JudgeConfig(PretrainedConfig):
         super().__init__(**{"pad_token_id": 0, **kwargs})
 
 
-GROUND_CLASSES = (5, 7, 4)  # shape, color, texture of a patch, each with "nothing"
+def ground_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of shape, color and texture per patch: logits (B, N, sum of GROUND_CLASSES), labels (B, N, 3),
+    -100 where not asked."""
+    parts = zip(logits.float().split(GROUND_CLASSES, -1), labels.unbind(-1))
+    return torch.stack([F.cross_entropy(p.flatten(0, 1), y.flatten(), ignore_index=-100) for p, y in parts]).mean()
 
 
 @dataclass
@@ -137,11 +142,11 @@ class JudgeModel(PreTrainedModel):
         return self.vision_norm(x)
 
     def ground_loss(self, image_features: Tensor, reference: Tensor | None, output: Tensor) -> Tensor:
-        """Cross-entropy of what each patch shows; labels (B, N, 3), -100 where not asked. Schooling only."""
-        parts = self.ground(image_features).float().split((*GROUND_CLASSES, *GROUND_CLASSES), -1)
-        labels = [*output.unbind(-1), *(reference.unbind(-1) if reference is not None else ())]
-        losses = [F.cross_entropy(p.flatten(0, 1), y.flatten(), ignore_index=-100) for p, y in zip(parts, labels)]
-        return torch.stack(losses).mean()
+        """Cross-entropy of what each patch of output (and reference) shows; labels (B, N, 3). Schooling only."""
+        of_output, of_reference = self.ground(image_features).chunk(2, -1)
+        if reference is None:
+            return ground_loss(of_output, output)
+        return (ground_loss(of_output, output) + ground_loss(of_reference, reference)) / 2
 
     def hidden(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
         """Text states (N, L, d)."""

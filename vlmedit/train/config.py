@@ -79,7 +79,9 @@ class TeacherConfig(TrainConfig):
     out: str = "runs/teacher"
     steps: int = 7000
     text_dropout: float = 0.1  # share of empty captions, for guidance [R warm-up]
-    time_shift: float = 1.5  # of the logit-normal training times
+    time_shift: float = 2.0  # of the logit-normal training times
+    ground_weight: float = 0.1  # of predicting what each patch shows, from halfway (REPA's idea, arXiv:2410.06940) [X]
+    start: str | None = None  # weights to go on from; None is random
 
     @classmethod
     def tiers(cls):
@@ -100,6 +102,7 @@ class JudgeConfig(TrainConfig):
     attack_radius: float = 3.5  # L2, [-1, 1] pixel units, drawn uniformly up to it
     attack_steps: int = 2
     caption_weight: float = 0.3
+    start: str | None = None  # weights to go on from; None is random
     ground_weight: float = 1.0
 
     @classmethod
@@ -116,7 +119,8 @@ JUDGE_SIZES = {
 
 @dataclass(frozen=True)
 class WarmupConfig(TrainConfig):
-    """Copy warm-up: flow matching with the reference itself as target [R], from the teacher's weights."""
+    """Copy warm-up: flow matching with the reference itself as target [R], from the teacher's weights. The first
+    `reading_steps` updates teach the text encoder to read instructions, without pictures: real backbones' encoders can."""
 
     out: str = "runs/warmup"
     teacher: str = "runs/teacher/model"
@@ -125,6 +129,13 @@ class WarmupConfig(TrainConfig):
     lr: float = 1.5e-3
     time_shift: float = 3.0  # few-step sampling starts at pure noise, so most copies are learnt there [X]
     text_dropout: float = 0.1  # [R]
+    reading_steps: int = 500
+    reading_batch: int = 128
+
+    @classmethod
+    def tiers(cls):
+        base = super().tiers()
+        return {**base, "smoke": {**base["smoke"], "reading_steps": 1, "reading_batch": 4}}
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def train_judge(config: JudgeConfig, accelerator: Accelerator | None = None) -> 
     """Yield a `Step` per update; the averaged judge and its tokenizer are saved to `out/model` at the end."""
     run = Run(config, accelerator)
     torch.manual_seed(config.seed)
-    judge = build_judge(config.size, config.side).to(run.device)
+    judge = (JudgeModel.from_pretrained(config.start) if config.start else build_judge(config.size, config.side)).to(run.device)
     optimizer, ema = Optimizer(judge, config), EMA(judge, config.ema)
     run.register("model", judge, optimizer, ema)
     for index in run.steps():
@@ -71,7 +71,7 @@ def train_judge(config: JudgeConfig, accelerator: Accelerator | None = None) -> 
         output = work.output
         with run.accelerator.autocast():
             if index >= config.attack_from:
-                ramp = min(1.0, (index - config.attack_from + 1) / 300)
+                ramp = min(1.0, (index - config.attack_from + 1) / max(1, config.attack_from))
                 chosen = torch.rand(config.batch, device=run.device) < config.attack_share
                 radius = config.attack_radius * ramp * torch.rand(config.batch, device=run.device) * chosen
                 output = attack(judge, work, radius, config.attack_steps)

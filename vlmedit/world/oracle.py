@@ -285,7 +285,7 @@ def keep_mask(before: Scene, after: Scene, edit: Edit, side: int) -> Tensor:
     if edit.type == "background":  # the things' insides, clear of their edges
         keep = torch.zeros(side, side, dtype=torch.bool)
         for t in before.things:
-            cover, _ = paint(x - t.x, y - t.y, torch.tensor(t.size), torch.tensor(SHAPES.index(t.shape)), torch.tensor(TEXTURES.index(t.texture)), torch.tensor(1.0))
+            cover, _ = paint(x - t.x, y - t.y, torch.tensor(t.size), torch.tensor(SHAPES.index(t.shape)), torch.tensor(TEXTURES.index(t.texture)), torch.tensor(before.look.softness))
             keep |= cover >= 1
         return keep[None].float()
     keep = torch.ones(side, side, dtype=torch.bool)
