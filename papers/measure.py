@@ -87,8 +87,7 @@ def measure_foreign(args) -> None:
     verdicts: dict[str, list[bool]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for drawing in draw_all(Path(folder)):
-            pixels = load_picture(drawing.path).pixels(pipe.side)
-            output = pipe(pixels, drawing.instruction, seed=0, output_type="pt").images
+            output = pipe(load_picture(drawing.path).view, drawing.instruction, seed=0, output_type="pt").images
             verdict = judge_edit(drawing.scene, parse(output)[0], drawing.edit)
             for key in ("all", drawing.program, drawing.edit.type):
                 verdicts.setdefault(key, []).append(verdict.success)

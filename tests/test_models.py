@@ -65,7 +65,8 @@ def test_gradient_reaches_reference_pixels_text_and_every_parameter(cached):
     assert all(g > 0 for g in reference.grad.flatten(1).norm(dim=1))
     rows = dit.text.embed.weight.grad.norm(dim=1)
     assert rows[IDS.unique()].min() > 0
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in dit.parameters())
+    named = [(n, p) for n, p in dit.named_parameters() if not n.startswith("ground.")]  # the teacher's alone, see test_attack
+    assert all(p.grad is not None and p.grad.isfinite().all() for _, p in named)
 
 
 def test_gradient_to_the_reference_is_the_slope():
@@ -88,7 +89,7 @@ def test_gradient_checkpointing_keeps_gradients_and_saves_memory(training):
     for dit in (plain, frugal):
         call(dit).square().mean().backward()
     for (name, a), b in zip(plain.named_parameters(), frugal.parameters()):
-        assert torch.allclose(a.grad, b.grad, atol=1e-7), name
+        assert a.grad is b.grad is None if name.startswith("ground.") else torch.allclose(a.grad, b.grad, atol=1e-7), name
     stored, kept = (saved_elements(lambda: call(dit)) for dit in (plain, frugal))
     assert kept < stored / 3, (stored, kept)
 

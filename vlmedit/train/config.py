@@ -146,9 +146,9 @@ class NPEditConfig(TrainConfig):
     teacher: str = "runs/teacher/model"
     judge: str = "runs/judge/model"
     student: str = "runs/warmup/model"
-    steps: int = 1200
+    steps: int = 2400
     batch: int = 32
-    lr: float = 1.5e-3  # [X]; R: 2e-5 at 6B parameters
+    lr: float = 1.0e-3  # [X]; R: 2e-5 at 6B parameters
     fake_lr: float = 1.5e-3
     betas: tuple[float, float] = (0.5, 0.98)  # [X]; R: (0, 0.9)
     weight_decay: float = 0.0  # [R]
@@ -156,7 +156,7 @@ class NPEditConfig(TrainConfig):
     final_lr: float = 0.1
     ema: float = 0.99
     dmd_weight: float = 1.0  # [R]
-    judge_weight: float = 0.2  # [X]; R: 0.02
+    judge_weight: float = 0.15  # [X]; R: 0.02
     nothing_weight: float = 1.0  # [R]
     guidance: float = 2.0  # of the real score, w = 1 is off; R: 3.5, 7.5 for removals, shape and style
     dmd_norm: str = "sample"
@@ -169,7 +169,7 @@ class NPEditConfig(TrainConfig):
     gradient_calls: int | None = None
     identity: bool = True
     answer_loss: str = "two_logits"
-    gain_steps: int = 100  # updates of the logit-gain ramp; R: 2000 of 14000
+    gain_steps: int = 30  # updates of the logit-gain ramp; R: 2000 of 14000
     target_caption: bool = True  # False: DMD sees the reference's caption, which does not carry the edit
     pool: int | None = None  # distinct training requests; None is unlimited
     task: str = "edit"  # edit, customise or both
