@@ -206,7 +206,6 @@ def test_answer_ids():
     assert answer_ids(torch.tensor([1, 0, -1])).tolist() == [yes, no, -100] and yes != no
 
 
-@pytest.mark.xfail(strict=True, reason="a half blend of two equal pictures is the picture itself, yet 'do nothing' is then answered No")
 def test_do_nothing_labels_are_the_verdict_s(monkeypatch):
     """As above for 'was this done : do nothing ?' and its kin: a picture that equals the reference is a Yes."""
     monkeypatch.setattr(schooling, "KIND_SHARES", {"nothing": 1.0})

@@ -153,7 +153,7 @@ def lesson(pairs: int, side: int, *seed) -> Lesson:
             else:
                 kept_known = True
             if edit.type == "nothing":
-                done = kept and not soiled and not half
+                done = kept and not soiled
             # an edit that a half blend or heavy dirt leaves open is not asked about
             open_edit = (half and not edit_done(before, after, edit)) or (not clean)
             if edit.type == "nothing":
