@@ -4,7 +4,7 @@ The gradient of KL(student || teacher) at noise level t is the difference of two
 (x0_real, guided) and of an online model of the student's own distribution (x0_fake) [arXiv:2311.18828, Eq. 7, 8 in
 x0-prediction form]. NP-Edit conditions both on the *target caption*, never on the reference [arXiv:2510.14978, Sec. 3.3].
 
-Shapes: x (B, C, H, W), t (B,). Conventions: flow.py. Deviates from the paper: nothing.
+Shapes: x (B, C, H, W), t (B,). Conventions: flow.py. Deviates: the normaliser is clamped at 1e-6 (the released code: 1e-8).
 The two normalisers: per sample (DMD2, Self-Forcing) and per pixel (the released code; method.md 1.7).
 """
 

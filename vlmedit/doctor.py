@@ -169,7 +169,7 @@ def durations(tiers: tuple[str, ...]) -> Iterator[Check]:
                     minutes[name] = stage_seconds(config, loop) * config.steps / 60
                 except Exception as error:  # whatever it is: a doctor reports it and goes on
                     failed.append(f"{name} fails ({type(error).__name__}: {str(error).splitlines()[0]})")
-        words = [f"{name} {m:.2g}" for name, m in minutes.items()]
+        words = [f"{name} {m:.0f}" if m >= 10 else f"{name} {m:.2g}" for name, m in minutes.items()]
         rest = [f"{name} not timed: this machine is slow or busy" for name in list(STAGES)[len(minutes) + len(failed) :]]
         yield Check(f"minutes, tier {tier}", not failed, ", ".join(failed + words + rest), {"minutes": {k: round(v, 2) for k, v in minutes.items()}})
 

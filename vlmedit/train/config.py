@@ -132,6 +132,11 @@ class WarmupConfig(TrainConfig):
     reading_steps: int = 500
     reading_batch: int = 128
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.reading_steps < self.steps:
+            raise ConfigError(f"reading_steps is {self.reading_steps} of steps {self.steps}; leave some steps for copying")
+
     @classmethod
     def tiers(cls):
         base = super().tiers()
@@ -180,6 +185,8 @@ class NPEditConfig(TrainConfig):
             raise ConfigError("dmd_weight and judge_weight are both 0; nothing would be learnt")
         if self.task not in TASKS:
             raise ConfigError(f"task is {self.task!r}; known: {', '.join(TASKS)}")
+        if self.fake_updates < 0:
+            raise ConfigError(f"fake_updates is {self.fake_updates}; it must be at least 0")
         if self.fake_rollouts not in ("shared", "fresh"):
             raise ConfigError(f"fake_rollouts is {self.fake_rollouts!r}; known: shared, fresh")
 
