@@ -115,7 +115,7 @@ def lesson(pairs: int, side: int, *seed) -> Lesson:
     rng = rng_for("lesson", *seed)
     torch_rng = torch.random.fork_rng(devices=[])
     tokenizer = build_tokenizer()
-    examples, shown, kinds, rights = [], [], [], []
+    examples, shown, kinds = [], [], []
     for _ in range(pairs):
         example = sample_example(rng, KIND_SHARES)
         kind = rng.choices(tuple(SHARES), tuple(SHARES.values()))[0]

@@ -109,7 +109,7 @@ def render(scenes: Sequence[Scene], side: int = 32, device=None) -> Tensor:
     inner = (0.5 - (signed_distance(dx, dy, size, shape) + 1 / 32) * 32 / softness).clamp(0, 1)
     tone = tone * (1 - rim * (1 - inner))
     for i in range(slots):
-        ink = torch.cat((red[:, i], green[:, i], blue[:, i]), 1).unsqueeze(-1).squeeze(-1)
+        ink = torch.cat((red[:, i], green[:, i], blue[:, i]), 1)
         color = (ink.view(batch, 3, 1, 1) * tone[:, i, None]).clamp(0, 1)
         canvas = canvas + cover[:, i, None] * (color - canvas)
     style = torch.tensor([STYLES.index(s.style) for s in scenes], device=device).view(batch, 1, 1, 1)
