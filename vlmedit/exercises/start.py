@@ -1,6 +1,4 @@
-"""The exercises of the notebooks: reference, cases and known mistakes of each. The references are the package's own functions,
-or are proved equal to them by tests/test_learn.py.
-"""
+"""Notebook 00: was a thing recolored as asked, and how exactly was the rest kept?"""
 
 from __future__ import annotations
 
@@ -15,7 +13,6 @@ from vlmedit.world.oracle import psnr
 from vlmedit.world.scene import Scene, Thing
 from vlmedit.world.verdict import rest_kept
 
-# 00: was a thing recolored as asked?
 
 
 def recolored(before: Scene, after: Scene, edit: Edit) -> bool:
@@ -68,7 +65,6 @@ RECOLORED = Exercise(
 )
 
 
-# 00: how exactly was the rest kept?
 
 
 def psnr_cases() -> list[tuple[Tensor, Tensor, Tensor]]:
