@@ -10,9 +10,9 @@ import torch
 from scipy.stats import chisquare
 
 from vlmedit import data, schooling
-from vlmedit.data import EDIT_SHARES, CaptionedBatch, PairedBatch, UnpairedBatch, captioned_batch, held_out, jpeg, paired_batch, references, rng_for, sample_example, seed_torch, unpaired_batch
+from vlmedit.data import EDIT_SHARES, SETTLED_TYPES, CaptionedBatch, PairedBatch, UnpairedBatch, captioned_batch, held_out, jpeg, paired_batch, references, rng_for, sample_example, seed_torch, settle, unpaired_batch
 from vlmedit.models.text import build_tokenizer
-from vlmedit.world.edits import ALL_TYPES, apply_edit
+from vlmedit.world.edits import ALL_TYPES, ImpossibleEdit, apply_edit, check_edit
 from vlmedit.world.language import caption, parse_instruction
 from vlmedit.world.render import render
 from vlmedit.world.verdict import edit_done, rest_kept
@@ -222,3 +222,34 @@ def test_batches_move_and_count():
         with pytest.raises(AttributeError):
             setattr(batch, fields(batch)[0].name, None)
     assert {CaptionedBatch, UnpairedBatch, PairedBatch} == {type(b) for b in (captioned_batch(1, 8, 0), unpaired_batch(1, 8, 0), paired_batch(1, 8, 0))}
+
+
+def test_settled_requests_ask_for_what_is_so_already():
+    """The same edit in words that fit the picture; nothing is left to do, and the world refuses it as "already" done."""
+    rng = rng_for("settled test")
+    for kind in SETTLED_TYPES:
+        for _ in range(40):
+            example = sample_example(rng, (kind,))
+            settled = settle(example, rng)
+            assert settled.edit.type == "nothing"
+            asked = parse_instruction(settled.instruction)
+            assert asked == parse_instruction(example.instruction)
+            with pytest.raises(ImpossibleEdit, match="already"):
+                check_edit(settled.scene, asked)
+
+
+def test_settled_rows_of_a_batch_have_nothing_to_do():
+    """With a share of .6: every type that allows it is settled in about that share, no other type is; the captions agree."""
+    rows = [unpaired_batch(100, 16, "settled", k, settled=0.6) for k in range(8)]
+    plain = [unpaired_batch(100, 16, "settled", k) for k in range(8)]
+    changed = {kind: [] for kind in EDIT_SHARES}
+    for with_share, without in zip(rows, plain):
+        for i, kind in enumerate(without.types):
+            changed[kind].append(with_share.types[i] != kind)
+            if with_share.nothing[i]:
+                assert torch.equal(with_share.reference_caption[i], with_share.target_caption[i])
+    for kind, flags in changed.items():
+        if kind in SETTLED_TYPES:
+            assert 0.35 < sum(flags) / len(flags) < 0.85, kind
+        else:
+            assert not any(flags), kind

@@ -1,6 +1,7 @@
 """The judge's school: every answer it teaches is the verdict's, and what cannot be answered is not asked."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ import torch
 from vlmedit import schooling
 from vlmedit.data import sample_example
 from vlmedit.models.text import END, NO, YES, build_tokenizer
-from vlmedit.schooling import RUINED, SHARES, SOILED, SPOTLESS, answer_ids, lesson, soil
+from vlmedit.schooling import BARE, RUINED, SHARES, SOILED, SPOTLESS, Clarity, answer_ids, clarity, lesson, mistakable, soil
+from vlmedit.train.judge import soften
 from vlmedit.world.edits import Edit
 from vlmedit.world.language import DESCRIBE, caption, parse_instruction
 from vlmedit.world.render import render
+from vlmedit.world.scene import COLORS, SHAPES, Scene, Thing
 from vlmedit.world.verdict import edit_done, rest_kept
 
 PAIRS = 64
@@ -212,3 +215,111 @@ def test_do_nothing_labels_are_the_verdict_s(monkeypatch):
     checked, wrong = disagreements([Told(monkeypatch, "nothing", k) for k in range(4)], nothing=True)
     assert checked > 100
     assert not wrong, wrong[:5]
+
+
+def square_for_circle():
+    """A picture of a red circle beside a blue triangle, its scene, and the same with a square in the circle's place."""
+    circle = Thing("circle", "red", x=0.3, y=0.3, size=0.18)
+    scene = Scene((circle, Thing("triangle", "blue", x=0.7, y=0.7, size=0.18)), "white")
+    return scene, render([scene]), render([scene.with_thing(0, shape="square")])
+
+
+def test_clarity_tells_a_thing_redrawn_from_a_thing_changed():
+    """Nothing lost: 0. Half a blur still is the thing. Halfway to a square: 1, neither. A square in the circle's place, another color, or
+    nothing there: beyond UNLIKE. The other thing and the background are not blamed."""
+    scene, circle, square = square_for_circle()
+    look = lambda picture: clarity(picture, circle, [scene])[0]
+    assert look(circle) == Clarity({"circle": 0.0, "triangle": 0.0}, 0.0)
+    blurred = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(circle, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    assert look(torch.lerp(circle, blurred, 0.5)).clear()
+    assert look(torch.lerp(circle, square, 0.5)).things["circle"] == pytest.approx(1, abs=1e-3)
+    for changed in (square, render([scene.with_thing(0, color="blue")]), render([replace(scene, things=scene.things[1:])])):
+        assert look(changed).things["circle"] > 10 and look(changed).things["triangle"] == 0 and look(changed).background < BARE
+    speckled = circle.clone()
+    speckled[:, :, -1:] *= -1
+    assert look(speckled).background > BARE and look(speckled).worst() == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_thing_can_be_mistaken_for_every_other_that_the_world_draws(shape):
+    """Every alternative differs from the thing in one word, or is its absence; none is drawn that cannot be; the rest stays."""
+    scene = Scene((Thing("circle" if shape != "circle" else "square", "red"), Thing(shape, "blue", "striped")), "grey")
+    words = lambda s: {t.shape: (t.color, t.texture) for t in s.things}
+    seen = [words(s) for s in mistakable(scene, 1)]
+    assert len({str(w) for w in seen}) == len(seen) and words(scene) not in seen
+    assert sum(shape not in w for w in seen) == len(SHAPES)  # absent, or one of three other shapes
+    assert sum(w.get(shape, ("", ""))[0] not in ("", "blue") for w in seen) == len(COLORS) - 1
+    assert ("blue", "hollow") not in [w.get("cross") for w in seen]
+
+
+@pytest.mark.parametrize(
+    "edit, said, things, background, expected",
+    [
+        (Edit("recolor", "circle", "blue"), True, {"circle": 0.1, "square": 0.1}, 0.0, True),
+        (Edit("recolor", "circle", "blue"), True, {"circle": 1.2, "square": 0.1}, 0.0, None),  # a blue smear may count as blue
+        (Edit("replace", "circle", new_shape="cross"), True, {"cross": 0.1, "square": 1.9}, 0.0, True),
+        (Edit("replace", "circle", new_shape="cross"), True, {"cross": 1.2, "square": 0.1}, 0.0, False),  # a smear is no cross
+        (Edit("replace", "circle", new_shape="cross"), True, {"cross": 0.75, "square": 0.1}, 0.0, None),
+        (Edit("move", "circle", side="left"), True, {"circle": 1.1}, 0.0, False),
+        (Edit("remove", "circle"), True, {"square": 0.1}, 0.0, True),
+        (Edit("remove", "circle"), True, {"square": 0.1}, 0.3, None),  # something is left or came
+        (Edit("add", "circle", "red"), False, {"square": 0.1}, 0.0, False),
+        (Edit("add", "circle", "red"), False, {"square": 1.9}, 0.0, None),
+    ],
+)
+def test_what_a_redrawn_picture_says_of_the_edit(edit, said, things, background, expected):
+    assert Clarity(things, background).done(edit, said) is expected
+
+
+@pytest.mark.parametrize(
+    "edit, said, things, background, expected",
+    [
+        (Edit("recolor", "circle", "blue"), True, {"circle": 0.1, "square": 0.1}, 0.0, True),
+        (Edit("recolor", "circle", "blue"), True, {"circle": 0.1, "square": 1.2}, 0.0, False),
+        (Edit("recolor", "circle", "blue"), True, {"circle": 0.1, "square": 0.75}, 0.0, None),
+        (Edit("recolor", "circle", "blue"), False, {"circle": 0.0, "square": 0.0}, 0.0, False),
+        (Edit("add", "circle", "blue"), True, {"circle": 1.9, "square": 0.1}, 0.0, True),  # the added thing is not the rest
+        (Edit("add", "circle", "blue"), True, {"circle": 0.1, "square": 0.1}, 0.4, False),
+    ],
+)
+def test_what_a_redrawn_picture_says_of_the_rest(edit, said, things, background, expected):
+    assert Clarity(things, background).kept(edit, said) is expected
+
+
+def test_a_generator_that_wipes_everything_out_is_never_said_to_keep_or_to_draw(monkeypatch):
+    """All pictures redrawn as bare background: identity is denied wherever something else was to stay, no thing is drawn."""
+    monkeypatch.setattr(schooling, "SOFT_SHARE", 1.0)
+    wipe = lambda pictures, captions: pictures[:, :, :1, :1].expand_as(pictures)
+    for kind in ("add", "recolor", "texture", "move"):
+        monkeypatch.setattr(schooling, "KIND_SHARES", {kind: 1.0})
+        monkeypatch.setattr(schooling, "SHARES", {"right": 1.0})
+        seen = lesson(32, 32, "wiped", kind, softener=wipe)
+        unblended = (seen.ground_output == -100).all(2).all(1)  # redrawn beyond recognition, or half blends
+        answers = seen.answers.view(32, 4)[unblended]
+        assert len(answers) > 16 and (answers[:, 0] != 1).all()
+        assert (answers[:, 1] == 0).float().mean() > 0.7
+
+
+def test_a_generator_that_redraws_exactly_changes_no_answer(monkeypatch):
+    """The answers to redrawn pictures are the verdict's where nothing was lost."""
+    monkeypatch.setattr(schooling, "SOFT_SHARE", 1.0)
+    calls = []
+    work = lesson(64, 32, "exact", softener=lambda pictures, captions: calls.append(len(captions)) or pictures)
+    assert calls == [calls[0]] and calls[0] > 32
+    questions = build_tokenizer().batch_decode(work.questions, skip_special_tokens=True)
+    assert len(questions) == len(work.answers)
+    assert (work.answers == 1).sum() > 20 and (work.answers == 0).sum() > 20
+
+
+def test_a_teacher_redraws_between_its_picture_and_its_dream():
+    """Deterministic under a seed, finite, without a graph; a teacher that answers with the clean picture leaves it as it is."""
+    picture = render([square_for_circle()[0]] * 3)
+
+    class Knows(torch.nn.Module):
+        device, encode_text = torch.device("cpu"), staticmethod(lambda ids: ids)
+
+        def forward(self, x, t, text):
+            return (x - picture) / t.view(-1, 1, 1, 1)
+
+    drawn = soften(Knows(), picture, torch.zeros(3, 4, dtype=torch.long))
+    assert not drawn.requires_grad and torch.allclose(drawn, picture, atol=1e-4)

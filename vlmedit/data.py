@@ -163,14 +163,25 @@ def references(examples: Sequence[Example], side: int, rng: random.Random, jpeg_
     return images
 
 
-def unpaired_batch(batch: int, side: int, *seed, kinds=None, pool: int | None = None) -> UnpairedBatch:
-    """Requests without targets. `pool` limits the data to that many distinct examples (for data studies)."""
+SETTLED_TYPES = ("recolor", "texture", "background", "move", "style")  # can be asked for when it is so already
+
+
+def settle(example: Example, rng: random.Random) -> Example:
+    """The same request of a picture that fulfils it already, so that nothing is to be done."""
+    scene = apply_edit(example.scene, example.edit, rng)
+    return Example(scene, Edit("nothing"), instruct(example.edit, scene, rng))
+
+
+def unpaired_batch(batch: int, side: int, *seed, kinds=None, pool: int | None = None, settled: float = 0.0) -> UnpairedBatch:
+    """Requests without targets. `pool` limits the data to that many distinct examples (for data studies); `settled` is the
+    share that asks for what is so already, and is then a "do nothing" in the words of a real request."""
     rng = rng_for("unpaired", *seed)
     kinds = kinds or EDIT_SHARES
     if pool is None:
         examples = [sample_example(rng, kinds) for _ in range(batch)]
     else:
         examples = [sample_example(rng_for("pool", rng.randrange(pool)), kinds) for _ in range(batch)]
+    examples = [settle(e, rng) if settled and e.edit.type in SETTLED_TYPES and rng.random() < settled else e for e in examples]
     edit_qs: list[Question] = [edit_question(e.edit, e.instruction) for e in examples]
     identity_qs = [identity_question(e.edit, e.instruction) for e in examples]
     ids = lambda texts: encode(list(texts), TEXT_LENGTH)

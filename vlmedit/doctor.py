@@ -27,7 +27,7 @@ LEAST_PYTHON = (3, 11)
 LEAST_DISK = 2**30  # bytes: a run's checkpoints, logs and pictures
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pillow")
 ROLES = ("editor", "teacher", "warm", "judge")
-TRAINED_BY = {"teacher": "teacher", "judge": "judge", "student": "warmup"}  # setting that names a model -> stage that trains it
+TRAINED_BY = {"teacher": "teacher", "softener": "teacher", "judge": "judge", "student": "warmup"}  # setting that names a model -> stage that trains it
 SLOW, PATIENCE = 10.0, 90.0  # seconds on one stage before its third update is left out, on one tier before its other stages are
 COSTLIEST = {"attack_from": 0}  # times the updates as they are for most of a run
 
@@ -118,7 +118,7 @@ def checkpoints(root: Path | None = None, family: str = "shapes") -> Iterator[Ch
 
 def lacking_models(config) -> list[str]:
     """Which models a stage starts from are not where its configuration says, and what trains them."""
-    places = {name: Path(getattr(config, name)) for name in TRAINED_BY if hasattr(config, name)}
+    places = {name: Path(getattr(config, name)) for name in TRAINED_BY if getattr(config, name, None)}
     return [
         f"{name} is {str(place)!r}, no folder with a model; train it (vlmedit train {TRAINED_BY[name]}) or name another with --set {name}=FOLDER"
         for name, place in places.items()

@@ -11,18 +11,19 @@ shapes are learnt an order of magnitude later (papers/log.md).
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmedit.data import Batch, Example, ground, rng_for, sample_example, target_of
-from vlmedit.models.text import END, NO, PAD, YES, build_tokenizer
-from vlmedit.world.edits import ALL_TYPES, ImpossibleEdit, apply_edit, sample_edit
+from vlmedit.data import TEXT_LENGTH, Batch, Example, ground, rng_for, sample_example, target_of
+from vlmedit.models.text import END, NO, PAD, YES, build_tokenizer, encode
+from vlmedit.world.edits import ALL_TYPES, Edit, ImpossibleEdit, apply_edit, sample_edit
 from vlmedit.world.language import DESCRIBE, PRESENCE, Question, caption, edit_question, identity_question, instruct
 from vlmedit.world.render import render
-from vlmedit.world.scene import SHAPES, Scene, sample_scene
+from vlmedit.world.scene import COLORS, SHAPES, TEXTURES, Scene, can_wear, sample_scene
 from vlmedit.world.verdict import edit_done, rest_kept
 
 SHARES = {"right": 0.30, "same": 0.12, "collateral": 0.22, "wrong": 0.18, "drifted": 0.12, "other": 0.06}
@@ -109,9 +110,98 @@ def soil(images: Tensor, rng: random.Random) -> tuple[Tensor, list[float]]:
 # below); from SOILED on it does not; beyond RUINED what it shows is not asked about.
 SPOTLESS, SOILED, RUINED = 0.04, 0.075, 0.20
 
+SOFT_SHARE = 0.4  # of the pictures, where there is a softener: redrawn by a generator, as a student would draw them
+# How far a redrawn thing is from what it was, over its distance to the nearest other thing it could be taken for (another shape,
+# texture or color, or none): below LIKE it still is that thing, above UNLIKE it is no longer, between them nobody is asked.
+LIKE, UNLIKE = 0.65, 0.85
+BARE = 0.08  # root mean square error of the background up to which nothing has been added to it
 
-def lesson(pairs: int, side: int, *seed) -> Lesson:
-    """Draw a lesson of `pairs` picture pairs."""
+Softener = Callable[[Tensor, Tensor], Tensor]  # pictures (B, 3, S, S), caption ids (B, L) -> pictures redrawn
+
+
+@dataclass(frozen=True)
+class Clarity:
+    """How much of its scene a redrawn picture still shows: per thing the ratio of LIKE and UNLIKE; the background's error."""
+
+    things: dict[str, float] = field(default_factory=dict)
+    background: float = 0.0
+
+    def worst(self, free: str | None = None) -> float:
+        return max((e for shape, e in self.things.items() if shape != free), default=0.0)
+
+    def clear(self) -> bool:
+        return self.worst() < LIKE and self.background < BARE
+
+    def done(self, edit: Edit, done: bool) -> bool | None:
+        """The answer to the edit question where the scenes say `done`; None where the picture leaves it open."""
+        if not done or edit.type in ("remove", "background", "style", "nothing", "customise"):
+            return done if self.clear() else None
+        subject = self.things.get(edit.new_shape or edit.shape, 1.0)
+        if subject < LIKE and self.background < BARE:
+            return True
+        return False if subject > UNLIKE and edit.type in ("add", "replace", "texture", "move") else None
+
+    def kept(self, edit: Edit, kept: bool) -> bool | None:
+        """The answer to the identity question where the scenes say `kept`; None where the picture leaves it open."""
+        worst = self.worst(free={"add": edit.shape, "replace": edit.new_shape}.get(edit.type))
+        if not kept or worst > UNLIKE or self.background > 2 * BARE:
+            return False
+        return True if worst < LIKE and self.background < BARE else None
+
+
+def mistakable(scene: Scene, index: int) -> list[Scene]:
+    """The scene with one thing missing, or of another shape, texture or color."""
+    thing = scene.things[index]
+    others = [replace(thing, shape=s) for s in SHAPES if s != thing.shape and can_wear(s, thing.texture)]
+    others += [replace(thing, texture=t) for t in TEXTURES if t != thing.texture and can_wear(thing.shape, t)]
+    others += [replace(thing, color=c) for c in COLORS if c != thing.color]
+    without = (*scene.things[:index], *scene.things[index + 1 :])
+    return [replace(scene, things=without)] + [replace(scene, things=(*without, other)) for other in others]
+
+
+def clarity(pictures: Tensor, clean: Tensor, scenes: list[Scene]) -> list[Clarity]:
+    """Compare redrawn pictures (B, 3, S, S) with the clean ones of their scenes, thing by thing."""
+    side = pictures.shape[-1]
+    center = (torch.arange(side) + 0.5) / side
+    found, boxes, owners, others = [], [], [], []
+    for i, scene in enumerate(scenes):
+        free = torch.ones(side, side, dtype=torch.bool)
+        for k, t in enumerate(scene.things):
+            reach = t.size + 1.5 / side
+            box = ((center - t.y).abs() <= reach)[:, None] & ((center - t.x).abs() <= reach)[None]
+            free &= ~box
+            alternatives = mistakable(scene, k)
+            boxes += [box] * len(alternatives)
+            owners += [(i, t.shape)] * len(alternatives)
+            others += alternatives
+        error = (pictures[i] - clean[i]).square().mean(0)
+        found.append(Clarity({}, float(error[free].mean().sqrt()) if free.any() else 0.0))
+    rows = torch.tensor([i for i, _ in owners])
+    weight = torch.stack(boxes).unsqueeze(1)
+    distance = lambda a, b: ((a - b).square() * weight).flatten(1).sum(1).sqrt()
+    own, other = distance(pictures[rows], clean[rows]), distance(pictures[rows], render(others, side))
+    for (i, shape), ratio in zip(owners, (own / other.clamp(min=1e-6)).tolist()):
+        found[i].things[shape] = max(found[i].things.get(shape, 0.0), ratio)
+    return found
+
+
+def redraw(pictures: Tensor, scenes: list[Scene], softener: Softener | None, chosen: list[bool]) -> tuple[Tensor, list[Clarity]]:
+    """Let a generator redraw the chosen pictures, some with another picture's caption; says how clear each still is."""
+    clear = [Clarity() for _ in scenes]
+    rows = [i for i, c in enumerate(chosen) if c]
+    if softener is None or not rows:
+        return pictures, clear
+    captions = [caption(scenes[i]) for i in rows]
+    half = len(rows) // 4
+    captions[:half] = captions[1 : half + 1]  # a quarter are drawn after another's words
+    drawn = softener(pictures[rows], encode(captions, TEXT_LENGTH)).clamp(-1, 1)
+    for i, c in zip(rows, clarity(drawn, pictures[rows], [scenes[i] for i in rows])):
+        clear[i] = c
+    return pictures.index_copy(0, torch.tensor(rows), drawn), clear
+
+
+def lesson(pairs: int, side: int, *seed, softener: Softener | None = None) -> Lesson:
+    """Draw a lesson of `pairs` picture pairs; a `softener` redraws some of the outputs."""
     rng = rng_for("lesson", *seed)
     torch_rng = torch.random.fork_rng(devices=[])
     tokenizer = build_tokenizer()
@@ -128,8 +218,12 @@ def lesson(pairs: int, side: int, *seed) -> Lesson:
         output = render(shown, side)
         # half-done: the output blended with the reference
         blend = torch.tensor([1.0 if kind == "same" or rng.random() < 0.78 else rng.choice((rng.uniform(0.15, 0.55), rng.uniform(0.82, 1))) for kind in kinds])
+        soft = [softener is not None and float(b) == 1 and rng.random() < SOFT_SHARE for b in blend]
+        output, clear = redraw(output, shown, softener, soft)
         output = torch.lerp(reference, output, blend.view(-1, 1, 1, 1))
-        output, dirt = soil(output, rng)
+        soiled_output, dirt = soil(output, rng)
+        output = torch.where(torch.tensor(soft).view(-1, 1, 1, 1), output, soiled_output)
+        dirt = [0.0 if s else d for s, d in zip(soft, dirt)]
 
     pair_rows: list[tuple[str, int]] = []
     single_rows: list[tuple[str, int]] = []
@@ -158,22 +252,28 @@ def lesson(pairs: int, side: int, *seed) -> Lesson:
             open_edit = (half and not edit_done(before, after, edit)) or (not clean)
             if edit.type == "nothing":
                 open_edit = not spotless and not soiled
+            if soft[i]:
+                verdict = clear[i].done(edit, done)
+                done, open_edit = bool(verdict), verdict is None
             row = label(question, done, not open_edit)
             if question.pair:
                 pair_rows.append(row)
             else:
                 pair_rows.append((identity.text, -1))
                 # `is there a ...`: yes while any of it can be seen
-                asked_single.append((question.text, int(not edit_done(before, after, edit)) if clean and not half else -1))
-            kept_truth = kept and not soiled
-            pair_rows.append(label(identity, kept_truth, (spotless and kept_known) or soiled))
+                asked_single.append((question.text, int(not edit_done(before, after, edit)) if clean and not half and clear[i].clear() else -1))
+            kept_truth, asked = kept and not soiled, (spotless and kept_known) or soiled
+            if soft[i]:
+                verdict = clear[i].kept(edit, kept)
+                kept_truth, asked = bool(verdict), verdict is not None
+            pair_rows.append(label(identity, kept_truth, asked))
         shape = rng.choice(SHAPES)
         there = any(t.shape == shape for t in after.things)
-        asked_single.append((PRESENCE.format(shape), int(there) if clean and not half else -1))
+        asked_single.append((PRESENCE.format(shape), int(there) if clean and not half and clear[i].clear() else -1))
         while len(asked_single) < 3:
             asked_single.append((PRESENCE.format(SHAPES[0]), -1))
         single_rows += asked_single
-        captions.append((caption(after), clean and not half))
+        captions.append((caption(after), clean and not half and clear[i].clear()))
 
     ids = lambda texts: tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
     heads = [f"{DESCRIBE} {text} {END}" for text, _ in captions]
@@ -187,7 +287,7 @@ def lesson(pairs: int, side: int, *seed) -> Lesson:
         if not asked:
             labels[i] = -100
     ground_output = ground(shown, side // 4)
-    ground_output[(blend < 0.8) | (torch.tensor(dirt) > RUINED)] = -100
+    ground_output[(blend < 0.8) | (torch.tensor(dirt) > RUINED) | ~torch.tensor([c.clear() for c in clear])] = -100
     return Lesson(
         reference=reference,
         output=output,

@@ -103,11 +103,12 @@ class JudgeConfig(TrainConfig):
     attack_steps: int = 2
     caption_weight: float = 0.3
     start: str | None = None  # weights to go on from; None is random
+    softener: str | None = "runs/teacher/model"  # redraws some of the outputs as a student would; None is off
     ground_weight: float = 1.0
 
     @classmethod
     def tiers(cls):
-        return {**super().tiers(), "smoke": dict(steps=2, batch=4, warmup=1, save_every=1, size="small", attack_from=1), "gpu": dict(side=64, batch=256, steps=20_000, size="large")}
+        return {**super().tiers(), "smoke": dict(steps=2, batch=4, warmup=1, save_every=1, size="small", attack_from=1, softener=None), "gpu": dict(side=64, batch=256, steps=20_000, size="large")}
 
 
 JUDGE_SIZES = {
@@ -162,7 +163,8 @@ class NPEditConfig(TrainConfig):
     ema: float = 0.99
     dmd_weight: float = 1.0  # [R]
     judge_weight: float = 0.15  # [X]; R: 0.02
-    nothing_weight: float = 1.0  # [R]
+    nothing_weight: float = 5.0  # [X]; R: 1.0
+    settled: float = 0.2  # share of requests that are fulfilled already, where a type allows it: more rows with target = reference [X]; R: 0
     guidance: float = 2.0  # of the real score, w = 1 is off; R: 3.5, 7.5 for removals, shape and style
     dmd_norm: str = "sample"
     fake_updates: int = 2  # per student update; R: 5
@@ -187,6 +189,8 @@ class NPEditConfig(TrainConfig):
             raise ConfigError(f"task is {self.task!r}; known: {', '.join(TASKS)}")
         if self.fake_updates < 0:
             raise ConfigError(f"fake_updates is {self.fake_updates}; it must be at least 0")
+        if not 0 <= self.settled < 1:
+            raise ConfigError(f"settled is {self.settled}; it is a share in [0, 1)")
         if self.fake_rollouts not in ("shared", "fresh"):
             raise ConfigError(f"fake_rollouts is {self.fake_rollouts!r}; known: shared, fresh")
 

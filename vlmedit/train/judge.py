@@ -8,12 +8,15 @@ steps of L2 gradient ascent on the judge's own loss [arXiv:1706.06083].
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
+from vlmedit.flow import interpolate, to_x0
+from vlmedit.models.dit import DiT
 from vlmedit.models.judge import JudgeConfig as ModelConfig
 from vlmedit.models.judge import JudgeModel
 from vlmedit.models.text import build_tokenizer
@@ -54,6 +57,21 @@ def attack(judge: JudgeModel, work: Lesson, radius: Tensor, steps: int) -> Tenso
     return (work.output + delta).clamp(-1, 1).detach()
 
 
+@torch.no_grad()  # a generator's drawing is data here
+def soften(teacher: DiT, pictures: Tensor, captions: Tensor) -> Tensor:
+    """Redraw pictures (B, 3, S, S) in one or two calls of the teacher from partly noised ones [SDEdit, arXiv:2108.01073]: soft,
+    and now and then another thing, as a few-step student's pictures are."""
+    home, device = pictures.device, teacher.device
+    drawn, text = pictures.to(device), teacher.encode_text(captions.to(device))
+    uniform = lambda low, high: low + (high - low) * torch.rand(len(drawn), device=device)
+    t = uniform(0.15, 0.9)
+    for again in (torch.ones(len(drawn), device=device), uniform(0, 2).floor()):
+        x = interpolate(drawn, torch.randn_like(drawn), t)
+        drawn = torch.where(again.view(-1, 1, 1, 1) > 0, to_x0(x, teacher(x, t, text), t).float(), drawn)
+        t = t * uniform(0.2, 0.9)
+    return drawn.to(home)
+
+
 def build_judge(size: str, side: int) -> JudgeModel:
     tokenizer = build_tokenizer()
     return JudgeModel(ModelConfig(side=side, vocab_size=len(tokenizer), text_length=40, **JUDGE_SIZES[size]))
@@ -66,8 +84,10 @@ def train_judge(config: JudgeConfig, accelerator: Accelerator | None = None) -> 
     judge = (JudgeModel.from_pretrained(config.start) if config.start else build_judge(config.size, config.side)).to(run.device)
     optimizer, ema = Optimizer(judge, config), EMA(judge, config.ema)
     run.register("model", judge, optimizer, ema)
+    softener = partial(soften, DiT.from_pretrained(config.softener).to(run.device).eval()) if config.softener else None
     for index in run.steps():
-        work = lesson(config.batch, config.side, *run.key(index)).to(run.device)
+        with run.accelerator.autocast():
+            work = lesson(config.batch, config.side, *run.key(index), softener=softener).to(run.device)
         output = work.output
         with run.accelerator.autocast():
             if index >= config.attack_from:

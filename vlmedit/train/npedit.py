@@ -111,7 +111,7 @@ def train_npedit(config: NPEditConfig, accelerator: Accelerator | None = None) -
     ema = EMA(roles.student, config.ema)
     run.register("model", roles.student, optimizer, ema)
     run.register("fake", roles.fake, fake_optimizer)
-    draw = lambda *key: unpaired_batch(config.batch, config.side, *key, kinds=TASKS[config.task], pool=config.pool).to(run.device)
+    draw = lambda *key: unpaired_batch(config.batch, config.side, *key, kinds=TASKS[config.task], pool=config.pool, settled=config.settled).to(run.device)
     for index in run.steps():
         roles.cpu.clear()
         with roles.clock("data"):
