@@ -1,8 +1,13 @@
 """Regenerate the figures of README.md and papers/npedit.md: one JSON file each in papers/results/.
 
     python papers/measure.py all                # everything that needs no training, from the shipped checkpoints
-    python papers/measure.py teacher judge editor foreign cost
-    python papers/measure.py arms --updates 400 --seeds 0      # trains and measures the ablation arms first
+    python papers/measure.py teacher judge editor foreign cost strip
+    python papers/measure.py live                               # the main job
+    python papers/measure.py rivals --updates 2400              # trains the paired rival for as many updates as the editor first
+    python papers/measure.py distilled --updates 400            # trains the teacher's 4-step student first
+    python papers/measure.py arms --updates 400 --seeds 0       # trains and measures the ablation arms first
+
+Then `python papers/tables.py` writes the tables of the pages.
 
 Figures are of held-out requests, by the oracle; standard errors are over requests, binomial.
 """
@@ -40,6 +45,11 @@ def load(role: str):
     return kind.from_pretrained(checkpoint("shapes", role)).eval()
 
 
+def read(name: str) -> dict:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def write(name: str, figures) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(figures, indent=2) + "\n")
@@ -47,15 +57,18 @@ def write(name: str, figures) -> None:
 
 
 def measure_teacher(args) -> None:
-    """Caption fidelity of the teacher at 30 guided steps, and of its 4-step distillation by DMD alone."""
-    figures = {"teacher": [evaluate_teacher(load("teacher"), args.n, s, steps=30)[0] for s in args.seeds]}
-    with tempfile.TemporaryDirectory() as out:
-        config = DistillConfig.make("laptop", teacher=str(checkpoint("shapes", "teacher")), out=out, steps=args.updates)
-        for _ in train_distill(config):
-            pass
-        student = DiT.from_pretrained(Path(out) / "model").eval()
-    figures["distilled"] = [evaluate_teacher(student, args.n, s, steps=4, guidance=1, sampler="renoise")[0] for s in args.seeds]
-    write("teacher", figures)
+    """Caption fidelity of the teacher at 30 guided steps."""
+    write("teacher", {**read("teacher"), "teacher": [evaluate_teacher(load("teacher"), args.n, s, steps=30)[0] for s in args.seeds]})
+
+
+def measure_distilled(args) -> None:
+    """The same of its 4-step distillation by DMD alone, without guidance."""
+    out = Path(args.out) / f"distilled-{args.updates}"
+    for _ in train_distill(DistillConfig.make("laptop", teacher=str(checkpoint("shapes", "teacher")), out=str(out), steps=args.updates)):
+        pass
+    student = DiT.from_pretrained(out / "model").eval()
+    figures = [evaluate_teacher(student, args.n, s, steps=4, guidance=1, sampler="renoise")[0] for s in args.seeds]
+    write("teacher", {**read("teacher"), "distilled": figures, "distilled_updates": args.updates})
 
 
 def measure_judge(args) -> None:
@@ -68,11 +81,57 @@ def measure_judge(args) -> None:
 
 
 def measure_editor(args) -> None:
-    """The shipped editor and its warm start, three seeds; steps 1, 2, 4, 8 at one seed."""
+    """The shipped editor and its warm start, three seeds; steps 1, 2, 4, 8 at the first."""
     judge = load("judge")
     figures = {role: [evaluate_student(load(role), judge, args.n, s)[0] for s in args.seeds] for role in ("warm", "editor")}
-    figures["steps"] = {k: evaluate_student(load("editor"), judge, args.n, 0, steps=k)[0] for k in (1, 2, 4, 8)}
+    known = {4: figures["editor"][0]}
+    figures["steps"] = {k: known.get(k) or evaluate_student(load("editor"), judge, args.n, args.seeds[0], steps=k)[0] for k in (1, 2, 4, 8)}
     write("editor", figures)
+
+
+def paired(student: DiT, judge: JudgeModel, n: int, seeds) -> dict[str, list[dict]]:
+    """A paired student at 4 re-noising steps, at 4 and at 30 Euler steps."""
+    ways = {"4 steps": dict(steps=4), "4 steps, Euler": dict(steps=4, sampler="euler"), "30 steps": dict(steps=30, sampler="euler")}
+    return {name: [evaluate_student(student, judge, n, s, **way)[0] for s in seeds] for name, way in ways.items()}
+
+
+def measure_rivals(args) -> None:
+    """Paired SFT from the same warm start, `--updates` of it."""
+    out = Path(args.out) / f"paired-{args.updates}"
+    for _ in train_sft(SFTConfig.make("laptop", student=str(checkpoint("shapes", "warm")), out=str(out), steps=args.updates)):
+        pass
+    write("rivals", {"paired SFT": paired(DiT.from_pretrained(out / "model").eval(), load("judge"), args.n, args.seeds), "updates": args.updates})
+
+
+def measure_live(args) -> None:
+    """The main job from the shipped warm start, as `make run` does it."""
+    from vlmedit.train.main import LIVE, run_main
+
+    metrics = run_main(out=str(Path(args.out) / "live"))
+    kept = {k: metrics["live"][k] for k in ("success", "success_by_type", "keep_psnr", "manifold_psnr", "hacking_gap", "judge_p_yes", "n")}
+    write("live", {"updates": LIVE["laptop"]["steps"], "training_seconds": metrics["training_seconds"], **kept})
+
+
+def measure_strip(args) -> None:
+    """README's strip of pictures: the first held-out edits, one of each type."""
+    from vlmedit.data import held_out
+    from vlmedit.evaluate import ask_judge, edit_examples, judge_by_oracle
+    from vlmedit.show import strip, wrap
+    from vlmedit.world.edits import EDIT_TYPES
+
+    judge, examples, roles = load("judge"), held_out(2 * len(EDIT_TYPES), 0, EDIT_TYPES), ("warm", "editor")
+    judged = {r: judge_by_oracle(examples, *edit_examples(load(r), examples)) for r in roles}
+    p = {r: ask_judge(judge, examples, judged[r].reference, judged[r].output).prod(0) for r in roles}
+    rows, titles, frames = [], [], []
+    for i in range(len(EDIT_TYPES)):
+        rows.append((judged["warm"].reference[i], [judged[r].output[i] for r in roles]))
+        verdicts = [judged[r].verdicts[i].success for r in roles]
+        titles.append([wrap(examples[i].instruction)] + [f"P(yes) {p[r][i]:.2f}, oracle: {'success' if v else 'failed'}" for r, v in zip(roles, verdicts)])
+        frames.append([None, *verdicts])
+    half = len(rows) // 2  # two edits per line
+    lines = [(rows[i][0], [*rows[i][1], rows[i + half][0], *rows[i + half][1]]) for i in range(half)]
+    join = lambda parts: [parts[i] + parts[i + half] for i in range(half)]
+    strip(lines, join(titles), RESULTS / "strip.png", ("reference", "warm start", "no-pair editor") * 2, join(frames))
 
 
 def measure_foreign(args) -> None:
@@ -136,8 +195,7 @@ def measure_arms(args) -> None:
     judge = load("judge")
     roles = dict(teacher=str(checkpoint("shapes", "teacher")), judge=str(checkpoint("shapes", "judge")))
     warm = str(checkpoint("shapes", "warm"))
-    path = RESULTS / "arms.json"
-    figures = json.loads(path.read_text()) if path.exists() else {}
+    figures = read("arms")
     for seed in args.seeds:
         for arm in args.arms or [*ARMS, "paired SFT"]:
             key = f"{arm}/{args.updates}/{seed}"
@@ -154,28 +212,27 @@ def measure_arms(args) -> None:
                 pass
             trained = time.process_time() - began
             student = DiT.from_pretrained(out / "model").eval()
-            entry = {"cpu_seconds": trained, "4 steps": evaluate_student(student, judge, args.n, 0)[0]}
-            if arm == "paired SFT":
-                entry["4 steps, Euler"] = evaluate_student(student, judge, args.n, 0, sampler="euler")[0]
-                entry["30 steps"] = evaluate_student(student, judge, args.n, 0, steps=30, sampler="euler")[0]
-            figures = {**(json.loads(path.read_text()) if path.exists() else {}), key: entry}
+            ways = paired(student, judge, args.n, (0,)) if arm == "paired SFT" else {"4 steps": [evaluate_student(student, judge, args.n, 0)[0]]}
+            entry = {"cpu_seconds": trained, **{name: entries[0] for name, entries in ways.items()}}
+            figures = {**read("arms"), key: entry}
             write("arms", figures)
 
 
-PARTS = {"teacher": measure_teacher, "judge": measure_judge, "editor": measure_editor, "foreign": measure_foreign, "cost": measure_cost}
+PARTS = {"teacher": measure_teacher, "judge": measure_judge, "editor": measure_editor, "foreign": measure_foreign, "cost": measure_cost, "strip": measure_strip}
+TRAINING = {"live": measure_live, "rivals": measure_rivals, "distilled": measure_distilled, "arms": measure_arms}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["all", "arms", *PARTS])
+    parser.add_argument("parts", nargs="+", choices=["all", *PARTS, *TRAINING])
     parser.add_argument("--n", type=int, default=512, help="held-out requests")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--updates", type=int, default=400, help="of each arm and of the distillation")
+    parser.add_argument("--updates", type=int, default=400, help="of each arm, of the rival, of the distillation")
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, "paired SFT"])
     parser.add_argument("--out", default="runs/arms")
     args = parser.parse_args()
     for part in PARTS if "all" in args.parts else args.parts:
-        measure_arms(args) if part == "arms" else PARTS[part](args)
+        (PARTS | TRAINING)[part](args)
 
 
 if __name__ == "__main__":
