@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup run test clean help
+.PHONY: setup run test notebooks workshop clean help
 .DEFAULT_GOAL := help
 
 setup: $(STAMP)
@@ -29,6 +29,12 @@ run: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 -q
 
+notebooks: setup
+	$(BIN)/vlmedit notebook refresh all
+
+workshop: setup
+	$(BIN)/python -m vlmedit.workshop dist
+
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -37,6 +43,8 @@ help:
 	@echo "make run     set up .venv (once) and run the main job: the live no-pair training, edits, pictures, metrics"
 	@echo "make test    set up .venv (once) and pass the tests"
 	@echo "make setup   set up .venv alone; repeats nothing unless the lock changed"
+	@echo "make notebooks  run the notebooks at the laptop tier and keep their outputs in them"
+	@echo "make workshop   write the zips for participants and for the teacher into dist/"
 	@echo "make clean   remove .venv and caches; run folders stay"
 	@echo
 	@echo "On a GPU (Linux): make clean, then    make setup TORCH_INDEX=    which takes torch from the default index, built for CUDA"

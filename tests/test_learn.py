@@ -122,6 +122,24 @@ def test_a_detach_too_many_is_seen():
         check(lambda x: x.detach() * 2, alive)
 
 
+def test_observe_compares_what_matters_of_a_result():
+    """Two losses of equal derivative are the same answer, two of equal value are not; without `observe` it is the other way round."""
+    cases = lambda: [(torch.tensor([1.0, -2.0], requires_grad=True),)]
+    slope = lambda loss, arguments: torch.autograd.grad(loss, arguments[0])[0]
+    reference = lambda x: x.square().sum()
+    seen = Exercise(reference, cases, {"a wrong slope": lambda x: (2.5 * x.square()).sum()}, observe=slope)
+    right = lambda x: x.square().sum() + 7
+    flat = lambda x: (x * x.detach()).sum()
+    assert check(right, seen) is right
+    assert check(flat, Exercise(reference, cases)) is flat
+    with pytest.raises(WrongAnswer, match="0.5 times too large"):
+        check(flat, seen)
+    with pytest.raises(WrongAnswer, match="differs by up to 7"):
+        check(right, Exercise(reference, cases))
+    with pytest.raises(WrongAnswer, match="It looks as if a wrong slope"):
+        check(lambda x: 2.5 * x.square().sum(), seen)
+
+
 def test_a_mistake_on_one_later_case_is_found():
     """An answer right on the first case alone is rejected: with a batch of one, a mean over the batch would pass."""
     first_only = Exercise(center, lambda: [(torch.ones(1, 1),), *center_cases()])

@@ -1,4 +1,4 @@
-"""The command line: `vlmedit doctor | train | edit | eval | data`. Each command takes `--json FILE`.
+"""The command line: `vlmedit doctor | train | edit | eval | data | notebook`. Each command takes `--json FILE`.
 
 Exit codes: 0 done, 1 a check of `doctor` failed, 2 bad input (one message, no traceback, nothing half-written), 130 interrupted.
 Heavy imports wait until a command has checked what it was given.
@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from vlmedit.pictures import InputError, check_space, check_writable, disk_errors, save_json
 from vlmedit.train.config import ConfigError
@@ -203,7 +203,7 @@ def train(
     """Train: the README's main job, or one stage. The same command resumes a run that was stopped.
 
     Args:
-        stage: main, or one of the stages teacher, judge, warmup, npedit, sft, distill.
+        stage: main, or one of the stages teacher, judge, warmup, npedit, sft, grpo, distill.
         tier: smoke (seconds), laptop (the shipped checkpoints) or gpu (a larger world).
         config: Settings as a .json or .yaml file, for example a run folder's config.json.
         set: Settings as key=value; they win over the file.
@@ -237,11 +237,11 @@ def read_settings(path: Path) -> dict:
     return {str(k): v for k, v in found.items()}
 
 
-def parse_pairs(pairs: Sequence[str]) -> dict:
+def parse_pairs(pairs: Sequence[str], option: str = "--set") -> dict:
     """['lr=1e-3', ...] as a dictionary of texts."""
     wrong = [p for p in pairs if "=" not in p or not p.split("=", 1)[0]]
     if wrong:
-        raise ConfigError(f"--set {' '.join(wrong)}: write key=value")
+        raise ConfigError(f"{option} {' '.join(wrong)}: write key=value")
     return dict(p.split("=", 1) for p in pairs)
 
 
@@ -388,12 +388,123 @@ def data(
     return 0
 
 
-COMMANDS = {"doctor": doctor, "train": train, "edit": edit, "eval": evaluate, "data": data}
+def notebook(
+    action: Positional[Literal["list", "run", "sweep", "results", "refresh"]],
+    name: Positional[str] = "all",
+    *,
+    p: UseAppendAction[tuple[str, ...]] = (),
+    out: Path = Path("runs/notebooks"),
+    folder: Path | None = None,
+    jobs: int = 1,
+    csv: Path | None = None,
+    parquet: Path | None = None,
+    plot: Path | None = None,
+    metric: str = "success",
+    against: str = "",
+    json: JsonFile = None,
+) -> int:
+    """List, run and sweep the notebooks, gather their metrics, bring their outputs up to date.
+
+    Args:
+        action: list; run; sweep (a grid: -p SEED=0,1,2); results (of the runs below the folder NAME); refresh (the committed outputs).
+        name: A notebook by name, number or path, or all; for results a folder of runs.
+        p: A parameter, -p NAME=VALUE or -p NAME VALUE; again for another one. A sweep takes several values with commas.
+        out: Folder of the executed notebooks and their results.
+        folder: Of the notebooks; by default the repository's.
+        jobs: Combinations of a sweep at a time.
+        csv: Table of the results.
+        parquet: The same as Parquet; needs pyarrow.
+        plot: A metric against a parameter.
+        metric: What is plotted.
+        against: The parameter on the x axis; by default the one with most values.
+    """
+    from vlmedit import notebooks as suite
+
+    _raise(_at_least(jobs=(jobs, 1)) + _check_json(json))
+    given = parse_pairs(p, "-p")
+    if action == "results":
+        return notebook_results(Path(name if name != "all" else out), csv, parquet, plot, metric, against)
+    chosen = suite.find(name, folder)
+    if action == "list":
+        listed = {n.name: {"title": n.title, "parameters": n.parameters} for n in chosen}
+        for key, value in listed.items():
+            print(f"{key}\n    {value['title']}\n    {', '.join(f'{k}={v!r}' for k, v in value['parameters'].items())}")
+        if json:
+            save_json(listed, json)
+        return 0
+    check_writable(out, "folder")
+    check_space(out, RUN_BYTES)
+    if action == "sweep":
+        if len(chosen) != 1:
+            raise InputError(f"{name}: a sweep takes one notebook, this names {len(chosen)}")
+        found = []
+        for texts, result, known in suite.sweep(chosen[0], given, out, jobs):
+            print(f"{', '.join(f'{k}={v}' for k, v in texts.items())}: {_outcome(result)}{' (there already)' if known else ''}", flush=True)
+            found.append(result)
+    elif action == "refresh":
+        if given:
+            raise InputError("-p: refresh runs the notebooks as they are, at the laptop tier")
+        found = [suite.refresh(n, out) for n in chosen]
+    else:
+        found = []
+        for n, values in suite.checked(chosen, given):
+            found.append(suite.run(n, values, out))
+            print(f"{n.name}: {_outcome(found[-1])}", flush=True)
+    if json:
+        save_json({"ok": all(r.ok for r in found), "seconds": round(sum(r.seconds for r in found), 1), "notebooks": [dataclasses.asdict(r) for r in found]}, json)
+    return 0 if all(r.ok for r in found) else 1
+
+
+def _outcome(result) -> str:
+    if result.ok:
+        return f"ok, {result.cells} cells in {result.seconds:.0f} s"
+    where = f"cell {result.failed_cell} fails" if result.failed_cell else "failed"
+    return f"{where} after {result.seconds:.0f} s: {result.error} (kept: {result.output or 'nothing'})"
+
+
+def notebook_results(runs: Path, csv: Path | None, parquet: Path | None, plot: Path | None, metric: str, against: str) -> int:
+    """Gather the recorded metrics below a folder."""
+    from vlmedit import notebooks as suite
+
+    if not runs.is_dir():
+        raise InputError(f"{runs}: no such folder; name a folder of runs")
+    for path in (csv, parquet, plot):
+        path and check_writable(path)
+    table = suite.results(runs)
+    if parquet:
+        try:
+            table.to_parquet(parquet)
+        except ImportError:
+            raise InputError(f"--parquet {parquet}: needs pyarrow, which is not installed (pip install pyarrow); --csv does without") from None
+    if csv:
+        table.to_csv(csv, index=False)
+    if plot:
+        suite.plot(table, metric, against or suite.swept(table), plot)
+    print(table.to_string(index=False, max_cols=12))
+    return 0
+
+
+COMMANDS = {"doctor": doctor, "train": train, "edit": edit, "eval": evaluate, "data": data, "notebook": notebook}
+
+
+def join_parameters(args: Sequence[str]) -> list[str]:
+    """papermill's `-p NAME VALUE` as `--p NAME=VALUE`, whichever way it was written."""
+    out, rest = [], iter(args)
+    for word in rest:
+        if word != "-p":
+            out.append(word)
+            continue
+        name = next(rest, "")
+        out += ["--p", name if "=" in name else f"{name}={next(rest, '')}"]
+    return out
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. The one place where known errors become messages."""
     description = "Image editing learned without image pairs, in miniature."
+    args = list(sys.argv[1:] if args is None else args)
+    if args[:1] == ["notebook"]:
+        args = join_parameters(args)
     try:
         return tyro.extras.subcommand_cli_from_dict(
             COMMANDS, args=args, prog="vlmedit", description=description, config=(FlagCreatePairsOff,)

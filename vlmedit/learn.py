@@ -36,6 +36,7 @@ class Exercise:
     cases: Callable[[], Sequence[tuple]]
     mistakes: Mapping[str, Callable] = field(default_factory=dict)
     tolerance: float = 1e-4  # relative, of numbers
+    observe: Callable | None = None  # (result, arguments) -> what is compared, where the value is not the point: a loss's derivative
 
     @property
     def name(self) -> str:
@@ -62,7 +63,7 @@ def check(mine: Callable, exercise: Exercise) -> Callable:
     for number, (mine_gets, reference_gets, pristine) in enumerate(zip(exercise.cases(), exercise.cases(), exercise.cases()), 1):
         where = f"{exercise.name}, case {number}"
         try:
-            got = _call(mine, mine_gets)
+            got = _call(mine, mine_gets, exercise.observe)
         except NotImplementedError as error:
             if error.args:  # a library's own, not the stub's
                 raise WrongAnswer(f"{where}: fails with NotImplementedError: {error}") from error
@@ -70,7 +71,7 @@ def check(mine: Callable, exercise: Exercise) -> Callable:
             return exercise.reference
         except Exception as error:
             raise WrongAnswer(f"{where}: fails with {type(error).__name__}: {error}") from error
-        fault = difference(got, _call(exercise.reference, reference_gets), exercise.tolerance)
+        fault = difference(got, _call(exercise.reference, reference_gets, exercise.observe), exercise.tolerance)
         if fault:
             known = recognise(mine, exercise)
             raise WrongAnswer(f"{where}: {fault}" + (f". It looks as if {known}" if known else ""))
@@ -83,21 +84,22 @@ def check(mine: Callable, exercise: Exercise) -> Callable:
 def recognise(mine: Callable, exercise: Exercise) -> str | None:
     """The known mistake that `mine` makes, if it equals one on every case."""
     for diagnosis, wrong in exercise.mistakes.items():
-        if all(_same(mine, wrong, a, b, exercise.tolerance) for a, b in zip(exercise.cases(), exercise.cases())):
+        if all(_same(mine, wrong, a, b, exercise) for a, b in zip(exercise.cases(), exercise.cases())):
             return diagnosis
     return None
 
 
-def _call(function: Callable, arguments: tuple):
-    """Call with fixed noise, leaving the notebook's own generator as it was."""
+def _call(function: Callable, arguments: tuple, observe: Callable | None):
+    """Call with fixed noise, leaving the notebook's own generator as it was; what is observed of the result."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return function(*arguments)
+        result = function(*arguments)
+        return result if observe is None else observe(result, arguments)
 
 
-def _same(one: Callable, other: Callable, mine_gets: tuple, other_gets: tuple, tolerance: float) -> bool:
+def _same(one: Callable, other: Callable, mine_gets: tuple, other_gets: tuple, exercise: Exercise) -> bool:
     try:
-        return difference(_call(one, mine_gets), _call(other, other_gets), tolerance) is None
+        return difference(_call(one, mine_gets, exercise.observe), _call(other, other_gets, exercise.observe), exercise.tolerance) is None
     except Exception:  # an answer that fails on a later case is no known mistake
         return False
 

@@ -3,6 +3,9 @@
 The references are the package's own functions, or are proved equal to them by the tests.
 """
 
+from vlmedit.exercises.dmd import DMD_GRADIENT, DMD_LOSS, FAKE_SCORE_LOSS
+from vlmedit.exercises.flow import FLOW_LOSS, GUIDE, SAMPLE
+from vlmedit.exercises.rivals import CLIPPED_OBJECTIVE, GROUP_ADVANTAGE, RANDOM_STEP
 from vlmedit.exercises.start import PSNR, RECOLORED
 
-__all__ = ["PSNR", "RECOLORED"]
+__all__ = ["CLIPPED_OBJECTIVE", "DMD_GRADIENT", "DMD_LOSS", "FAKE_SCORE_LOSS", "FLOW_LOSS", "GROUP_ADVANTAGE", "GUIDE", "PSNR", "RANDOM_STEP", "RECOLORED", "SAMPLE"]

@@ -215,6 +215,57 @@ class SFTConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class GRPOConfig(TrainConfig):
+    """Flow-GRPO with NP-Edit's judge as the reward [arXiv:2505.05470; R here: its released config/grpo.py]. `student` is where it starts:
+    the copy warm start, or the model of an SFT run."""
+
+    out: str = "runs/grpo"
+    judge: str = "runs/judge/model"
+    student: str = "runs/warmup/model"
+    steps: int = 800
+    batch: int = 32  # samples per update and process: requests times `group`; R: 48 x 24
+    group: int = 8  # samples of one request; R: 24
+    lr: float = 3e-4  # R: 3e-4, of LoRA weights
+    betas: tuple[float, float] = (0.9, 0.99)  # R: (0.9, 0.999)
+    weight_decay: float = 0.0  # R: 1e-4
+    warmup: int = 20
+    final_lr: float = 0.1  # R: 1, no schedule
+    clip: float = 1.0  # gradient norm [R]
+    ema: float = 0.99
+    policy: str = "exponential"  # or "euler", the paper's, which needs more steps than a few: see vlmedit/grpo.py
+    noise_level: float = 0.7  # a in sigma = a sqrt(t / (1 - t)) [R]
+    sampler_steps: int = 4  # while training; R: 10, of 40 in use
+    sampler_shift: float = 1.0
+    inner: int = 2  # optimiser steps on the same samples; R: 2, on a half each
+    ratio_clip: float = 1e-4  # of the ratio of mean log-probabilities [R]
+    kl_weight: float = 0.04  # of the KL to the start [R]; 0 loads no reference policy
+    advantage_clip: float = 5.0  # standard deviations [R]
+    advantage_spread: str = "group"  # whose standard deviation: the paper's group, or "batch" [R]
+    settled: float = 0.2  # as NPEditConfig: the same requests
+    pool: int | None = None
+    task: str = "edit"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.group < 2 or self.batch % self.group:
+            raise ConfigError(f"batch is {self.batch} and group {self.group}; a group needs at least 2 samples, and the batch whole groups")
+        if self.sampler_steps < 2:
+            raise ConfigError(f"sampler_steps is {self.sampler_steps}; the last step is not random, so there must be at least 2")
+        if self.inner < 1:
+            raise ConfigError(f"inner is {self.inner}; it must be at least 1")
+        if self.noise_level <= 0:
+            raise ConfigError(f"noise_level is {self.noise_level}; without noise there is nothing to compare: it must be positive")
+        for name, known in (("policy", ("euler", "exponential")), ("advantage_spread", ("group", "batch")), ("task", tuple(TASKS))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
+
+    @classmethod
+    def tiers(cls):
+        base = super().tiers()
+        return {**base, "smoke": {**base["smoke"], "group": 2}, "gpu": dict(side=64, batch=1152, group=24, sampler_steps=10)}
+
+
+@dataclass(frozen=True)
 class DistillConfig(TrainConfig):
     """Few-step text-to-image by DMD alone, from the teacher's weights [arXiv:2311.18828, arXiv:2405.14867]."""
 
