@@ -10,7 +10,7 @@ import torch
 from scipy.stats import chisquare
 
 from vlmedit import data, schooling
-from vlmedit.data import EDIT_SHARES, SETTLED_TYPES, CaptionedBatch, PairedBatch, UnpairedBatch, captioned_batch, held_out, jpeg, paired_batch, references, rng_for, sample_example, seed_torch, settle, unpaired_batch
+from vlmedit.data import EDIT_SHARES, SETTLED_TYPES, SLOTS, CaptionedBatch, PairedBatch, UnpairedBatch, captioned_batch, held_out, jpeg, paired_batch, reading_batch, references, rng_for, sample_example, seed_torch, settle, unpaired_batch
 from vlmedit.models.text import build_tokenizer
 from vlmedit.world.edits import ALL_TYPES, ImpossibleEdit, apply_edit, check_edit
 from vlmedit.world.language import caption, parse_instruction
@@ -253,3 +253,23 @@ def test_settled_rows_of_a_batch_have_nothing_to_do():
             assert 0.35 < sum(flags) / len(flags) < 0.85, kind
         else:
             assert not any(flags), kind
+
+
+def test_reading_labels_are_what_the_instruction_says():
+    """Every named slot of every instruction, read back from its words by the grammar; a slot that is not named is 0."""
+    ids, labels = reading_batch(200, "reading test")
+    texts = build_tokenizer().batch_decode(ids, skip_special_tokens=True)
+    named = 0
+    for text, row in zip(texts, labels.tolist()):
+        edit = parse_instruction(text)
+        for (slot, words), index in zip(SLOTS.items(), row):
+            told = getattr(edit, slot)
+            if slot == "texture" and edit.type in ("add", "customise") and told in (None, "solid"):
+                assert index in (0, 1)  # solid is not said
+                continue
+            if slot == "color" and edit.type not in ("add", "recolor", "customise"):
+                assert index == 0  # the thing's own color is how it is named
+                continue
+            assert (words[index - 1] if index else None) == told, (text, slot)
+            named += index > 0
+    assert named > 400 and labels.shape == (200, len(SLOTS))
