@@ -46,7 +46,7 @@ def teacher() -> None:
         summary="A flow-matching DiT of 1.8 M parameters that draws captioned scenes of the shape world at 32 pixels.",
         command="vlmedit train teacher --set steps=6000 time_shift=1.5 ground_weight=0 out=runs/teacher0\n"
         "vlmedit train teacher --set start=runs/teacher0/model steps=8000 seed=11",
-        config=TeacherConfig(start="runs/teacher0/model", steps=8000, seed=11), cpu_minutes=97,
+        config=TeacherConfig(start="runs/teacher0/model", steps=8000, seed=11), cpu_minutes=96,
         metrics={**averages(entries, "fidelity", "shapes", "manifold_psnr"), **{k: entries[0][k] for k in ("steps", "guidance", "n")}, "seeds": len(entries)},
         intended_use="Teacher and fake-score start of DMD; teaching.",
         limits=[
@@ -77,7 +77,7 @@ def warm() -> None:
     write_card(checkpoint("shapes", "warm"), dict(
         MADE, title="shapes: warmed-up student",
         summary="The copy warm-up: returns the reference whatever the instruction; its text encoder has read instructions.",
-        command="vlmedit train warmup", config=WarmupConfig(), cpu_minutes=9,
+        command="vlmedit train warmup", config=WarmupConfig(), cpu_minutes=12,
         metrics={**averages(entries, "success", "keep_psnr"), "n": entries[0]["n"], "seeds": len(entries)},
         intended_use="Start of NP-Edit.", limits=["Edits nothing."],
     ))  # fmt: skip
@@ -89,7 +89,7 @@ def editor() -> None:
     write_card(checkpoint("shapes", "editor"), dict(
         MADE, title="shapes: no-pair editor",
         summary="NP-Edit: edits by instruction in 4 steps, trained without one before/after pair.",
-        command="vlmedit train npedit", config=NPEditConfig(), cpu_minutes=50,
+        command="vlmedit train npedit", config=NPEditConfig(), cpu_minutes=36,
         metrics={**averages(entries, "success", "keep_psnr", "manifold_psnr", "hacking_gap"), **types, "n": entries[0]["n"], "seeds": len(entries)},
         intended_use="Teaching; edits of pictures within the vocabulary of the shape world.",
         limits=["Things are hardly ever moved.", "Fine outlines and textures of what should stay are lost now and then.", "One training seed."],

@@ -3,7 +3,7 @@
     python papers/measure.py all                # everything that needs no training, from the shipped checkpoints
     python papers/measure.py teacher judge editor foreign cost strip
     python papers/measure.py live                               # the main job
-    python papers/measure.py rivals --updates 2400              # trains the paired rival for as many updates as the editor first
+    python papers/measure.py rivals --updates 2000              # trains the paired rival for as many updates as the editor first
     python papers/measure.py distilled --updates 400            # trains the teacher's 4-step student first
     python papers/measure.py arms --updates 400 --seeds 0       # trains and measures the ablation arms first
 

@@ -39,6 +39,21 @@ def words(ids) -> list[str]:
 # --- no target
 
 
+def test_a_batch_of_given_requests_is_made_of_their_own_words_and_pictures():
+    """Row by row: the instruction, both captions, both questions, their answers and the picture belong to the example given."""
+    examples = held_out(16, 3, ALL_TYPES[:9])
+    reference = render([e.scene for e in examples], 16)
+    batch = data.batch_of(examples, reference)
+    assert len(batch) == 16 and batch.reference is reference and batch.types == tuple(e.edit.type for e in examples)
+    assert words(batch.instruction) == [e.instruction for e in examples]
+    assert words(batch.reference_caption) == [caption(e.scene) for e in examples]
+    assert words(batch.target_caption) == [caption(apply_edit(e.scene, e.edit, random.Random(0))) for e in examples]
+    removals = torch.tensor([e.edit.type == "remove" for e in examples])
+    assert torch.equal(batch.edit_answer == 0, removals) and torch.equal(batch.edit_pair == 0, removals)
+    assert [q == f"is there a {e.edit.shape} ?" for q, e in zip(words(batch.edit_question), examples)] == removals.tolist()
+    assert all(e.instruction in q or e.edit.type == "remove" for q, e in zip(words(batch.identity_question), examples))
+
+
 def picture_fields(batch) -> list[str]:
     """Fields able to hold a picture: floating point, or at least a quarter as many numbers per sample as one of its channels."""
     side = batch.reference.shape[-1]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import SIDE, pictures, requests, tiny_judge
 
+from vlmedit import exercises
 from vlmedit.data import UnpairedBatch
 from vlmedit.judging import ANSWER_LOSSES, answer_logits, gain_ramp, judge_loss, see, vocabulary_loss, yes_no_loss
 
@@ -54,6 +55,15 @@ def test_gain_ramp_numbers():
     """0.1 at the start, 0.55 half way, 1 at the end and ever after; with no ramp always 1 [npedit critic.py, 2000 updates]."""
     assert [gain_ramp(s, 2000) for s in (0, 500, 1000, 2000, 14_000)] == pytest.approx([0.1, 0.325, 0.55, 1.0, 1.0], abs=1e-12)
     assert gain_ramp(0, 0) == 1.0
+
+
+def test_the_exercise_s_loss_is_the_package_s():
+    """`exercises.ANSWER_LOSS` on logits equals `yes_no_loss` on their margin, to 1e-12, wherever the two words stand."""
+    g = torch.Generator().manual_seed(1)
+    logits, answer = 4 * torch.randn(500, 9, generator=g, dtype=torch.float64), torch.randint(2, (500,), generator=g).double()
+    for yes, no, gain in ((2, 3, 1.0), (7, 0, 0.1)):
+        ours = exercises.ANSWER_LOSS.reference(logits, answer, yes, no, gain)
+        torch.testing.assert_close(ours, yes_no_loss(logits[:, yes] - logits[:, no], answer, gain), atol=1e-12, rtol=0)
 
 
 # --- the vocabulary loss

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import pictures, tiny_dit
 
+from vlmedit import exercises
 from vlmedit.flow import few_step_times, sample
 from vlmedit.unroll import CALLS, draw_times, rollout
 
@@ -101,6 +102,19 @@ def test_gradient_against_finite_differences(times, renoise):
 
     weights = [torch.tensor(w, dtype=torch.float64, requires_grad=True) for w in (0.9, -0.4)[: len(times)]]
     assert torch.autograd.gradcheck(unrolled, (draw().requires_grad_(), *weights), eps=1e-6, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("t", (0.25, 0.6))
+def test_the_exercise_s_chain_rule_is_autograd_s(t):
+    """`exercises.TWO_CALL_SLOPE`, by hand, equals what autograd finds through `rollout` of v = a x with fresh noise, to 1e-12."""
+    for value in (-0.8, 0.3, 1.7):
+        a, eps = torch.tensor(value, dtype=torch.float64, requires_grad=True), draw().flatten()
+        torch.manual_seed(4)
+        out = rollout(lambda x, time: a * x, eps, (1.0, t))
+        slopes = torch.stack([torch.autograd.grad(x0, a, retain_graph=True)[0] for x0 in out])
+        torch.manual_seed(4)
+        by_hand = exercises.TWO_CALL_SLOPE.reference(value, eps, torch.randn_like(eps), t)
+        torch.testing.assert_close(slopes, by_hand, atol=1e-12, rtol=0)
 
 
 def test_truncation_cuts_the_early_calls():

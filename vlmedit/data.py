@@ -182,11 +182,16 @@ def unpaired_batch(batch: int, side: int, *seed, kinds=None, pool: int | None = 
     else:
         examples = [sample_example(rng_for("pool", rng.randrange(pool)), kinds) for _ in range(batch)]
     examples = [settle(e, rng) if settled and e.edit.type in SETTLED_TYPES and rng.random() < settled else e for e in examples]
+    return batch_of(examples, references(examples, side, rng))
+
+
+def batch_of(examples: Sequence[Example], reference: Tensor) -> UnpairedBatch:
+    """These requests, of these pictures, as the no-pair trainer sees them."""
     edit_qs: list[Question] = [edit_question(e.edit, e.instruction) for e in examples]
     identity_qs = [identity_question(e.edit, e.instruction) for e in examples]
     ids = lambda texts: encode(list(texts), TEXT_LENGTH)
     return UnpairedBatch(
-        reference=references(examples, side, rng),
+        reference=reference,
         instruction=ids(e.instruction for e in examples),
         reference_caption=ids(caption(e.scene) for e in examples),
         target_caption=ids(caption(apply_edit(e.scene, e.edit, random.Random(0))) for e in examples),

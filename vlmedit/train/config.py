@@ -152,7 +152,7 @@ class NPEditConfig(TrainConfig):
     teacher: str = "runs/teacher/model"
     judge: str = "runs/judge/model"
     student: str = "runs/warmup/model"
-    steps: int = 2400
+    steps: int = 2000
     batch: int = 32
     lr: float = 1.0e-3  # [X]; R: 2e-5 at 6B parameters
     fake_lr: float = 1.5e-3

@@ -1,0 +1,78 @@
+"""Search at test time under a frozen judge, no weight changed: over pixels, as an adversary does, and over a sampler's noise.
+
+* Pixels: normalized L2 gradient steps within a ball around the start                                        [arXiv:1706.06083]
+* Noise (ReNO): min over eps of L(G(eps)) + w (|eps|^2 / 2 - (d - 1) log |eps|), by Nesterov descent with a clipped gradient.
+  The bracket is -log p(|eps|) of d normal numbers up to a constant, least at |eps|^2 = d - 1                [arXiv:2406.04312]
+
+`loss` maps pictures (B, 3, S, S) to one value per picture (B,); a picture's search does not depend on the batch it is in.
+Both searches are generators: a step is yielded before it is taken, the last after the last update.
+
+Shapes: pictures, noise, delta, gradient (B, C, H, W); radius a float or (B,). Defaults of `optimise_noise`: the released
+code's. Deviates from the paper: the gradient is clipped per picture (the paper optimizes one), and no best step is picked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Loss = Callable[[Tensor], Tensor]  # pictures (B, 3, S, S) -> (B,)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a search is, detached: `x` is what it moves (pixels' delta, or noise), `loss` (B,) without the penalty."""
+
+    index: int
+    x: Tensor
+    pictures: Tensor
+    loss: Tensor
+
+
+def size(x: Tensor) -> Tensor:
+    """L2 norm per sample, shaped to broadcast over it: (B, 1, 1, 1)."""
+    return x.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, *[1] * (x.ndim - 1))
+
+
+def ascend(delta: Tensor, gradient: Tensor, length: float, radius: float | Tensor) -> Tensor:
+    """A step of `length` along the gradient, then back into the L2 ball of `radius`, each sample by itself."""
+    delta = delta + length * gradient / size(gradient)
+    radius = torch.as_tensor(radius, dtype=delta.dtype, device=delta.device).view(-1, *[1] * (delta.ndim - 1))
+    return delta * (radius / size(delta)).clamp(max=1)
+
+
+def norm_penalty(noise: Tensor) -> Tensor:
+    """Minus the log density of the noise's norm up to a constant, (B,): |eps|^2 / 2 - (d - 1) log |eps|."""
+    norm, d = noise.flatten(1).norm(dim=1), noise[0].numel()
+    return norm.square() / 2 - (d - 1) * norm.log()
+
+
+def optimise_pixels(loss: Loss, start: Tensor, radius: float | Tensor, steps: int = 20, length: float = 0.4) -> Iterator[Step]:
+    """Pictures in [-1, 1] within `radius` of `start` that lower `loss`: `steps` updates, `steps` + 1 records."""
+    delta = torch.zeros_like(start)
+    for index in range(steps + 1):
+        delta.requires_grad_(True)
+        values = loss(start + delta)
+        (gradient,) = torch.autograd.grad(values.sum(), delta)
+        delta = delta.detach()
+        yield Step(index, delta, (start + delta).clamp(-1, 1), values.detach())
+        delta = ascend(delta, -gradient, length, radius)
+
+
+def optimise_noise(
+    generate: Callable[[Tensor], Tensor], loss: Loss, noise: Tensor, steps: int = 50, lr: float = 5.0, momentum: float = 0.9, clip: float = 0.1, weight: float = 0.01
+) -> Iterator[Step]:
+    """Noise whose picture `generate(noise)` lowers `loss`: `steps` updates, `steps` + 1 records. `weight` is the norm penalty's."""
+    noise = noise.detach().clone().requires_grad_(True)
+    optimizer = torch.optim.SGD([noise], lr=lr, momentum=momentum, nesterov=True)
+    for index in range(steps + 1):
+        pictures = generate(noise)
+        values = loss(pictures)
+        yield Step(index, noise.detach().clone(), pictures.detach(), values.detach())
+        if index < steps:
+            (gradient,) = torch.autograd.grad((values + weight * norm_penalty(noise)).sum(), noise)
+            noise.grad = gradient * (clip / size(gradient)).clamp(max=1)
+            optimizer.step()
