@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from vlmedit import schooling
-from vlmedit.data import sample_example
+from vlmedit.data import Example, sample_example
 from vlmedit.models.text import END, NO, YES, build_tokenizer
-from vlmedit.schooling import BARE, RUINED, SHARES, SOILED, SPOTLESS, Clarity, answer_ids, clarity, lesson, mistakable, soil
-from vlmedit.train.judge import soften
-from vlmedit.world.edits import Edit
+from vlmedit.schooling import BARE, RUINED, SHARES, SOILED, SPOTLESS, Clarity, answer_ids, blotch, clarity, lesson, mistakable, own_work, soil
+from vlmedit.train.judge import practise, soften
+from vlmedit.world.edits import EDIT_TYPES, Edit, apply_edit
 from vlmedit.world.language import DESCRIBE, caption, parse_instruction
 from vlmedit.world.render import render
 from vlmedit.world.scene import COLORS, SHAPES, Scene, Thing
@@ -37,6 +37,7 @@ class Told:
 
         monkeypatch.setattr(schooling, "render", spy)
         monkeypatch.setattr(schooling, "soil", spy_soil)
+        monkeypatch.setattr(schooling, "BLOTCH_SHARE", 0)  # stains have their own test
         self.work = lesson(pairs, 32, *seed)
         self.before, self.after = calls
         # share of the way from reference to target, by least squares; 1 where they do not differ
@@ -323,3 +324,120 @@ def test_a_teacher_redraws_between_its_picture_and_its_dream():
 
     drawn = soften(Knows(), picture, torch.zeros(3, 4, dtype=torch.long))
     assert not drawn.requires_grad and torch.allclose(drawn, picture, atol=1e-4)
+
+
+def test_a_stain_leaves_the_things_alone():
+    """Nothing within a thing's box changes, something outside does, the input is not written to; now and then beyond SOILED."""
+    rng = random.Random(3)
+    torch.manual_seed(3)
+    scene, clean, _ = square_for_circle()
+    copy, sizes = clean.clone(), []
+    for _ in range(64):
+        stained = blotch(clean[0], scene, rng)
+        assert torch.equal(clean, copy) and stained.abs().max() <= 1 + 1e-6
+        assert clarity(stained[None], clean, [scene])[0].worst() == 0
+        sizes.append(float((stained - clean[0]).square().mean().sqrt()))
+    assert sum(s > SOILED for s in sizes) > 16 and sum(s > 0 for s in sizes) > 48
+
+
+def test_stained_pictures_are_not_the_same(monkeypatch):
+    """A right result with a stain between its things: the rest is denied or, where the stain is faint, not asked about; the edit is
+    still a yes, except where a stain could be taken for the thing that was asked for."""
+    monkeypatch.setattr(schooling, "BLOTCH_SHARE", 1.0)
+    monkeypatch.setattr(schooling, "SHARES", {"right": 1.0})
+    monkeypatch.setattr(schooling, "soil", lambda images, rng: (images.clone(), [0.0] * len(images)))
+    for kind, open_edit in (("recolor", False), ("texture", False), ("add", True), ("replace", True)):
+        monkeypatch.setattr(schooling, "KIND_SHARES", {kind: 1.0})
+        answers = lesson(48, 32, "stained", kind).answers.view(48, 4)
+        # half blends are a fifth of the pairs and answer for themselves; some stains lie behind things
+        assert (answers[:, 1] == 0).float().mean() > 0.3
+        said_yes = (answers[:, 0] == 1).float().mean()
+        assert said_yes < 0.2 if open_edit else said_yes > 0.6
+
+
+REQUESTS = {
+    "move": Edit("move", "circle", side="bottom"),
+    "recolor": Edit("recolor", "circle", color="green"),
+    "replace": Edit("replace", "circle", new_shape="square"),
+    "texture": Edit("texture", "circle", texture="hollow"),
+    "background": Edit("background", background="black"),
+    "remove": Edit("remove", "circle"),
+}
+
+
+ROOMY = Scene((Thing("circle", "red", x=0.3, y=0.3, size=0.15), Thing("triangle", "blue", x=0.75, y=0.3, size=0.15)), "white")
+
+
+def stain(picture, x: int, y: int):
+    out = picture.clone()
+    out[:, :, y : y + 5, x : x + 3] = torch.tensor([1.0, 1.0, -1.0]).view(1, 3, 1, 1)
+    return out
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_a_student_s_work_is_measured_by_what_was_asked(kind):
+    """The scene asked for, drawn exactly, is a yes to both questions. With a stain in a corner the rest is not kept."""
+    example = Example(ROOMY, REQUESTS[kind], "")
+    target = apply_edit(ROOMY, REQUESTS[kind], random.Random(0))
+    right = render([target])
+    (work,) = own_work([example], [target], right)
+    assert (work.done(), work.kept()) == (True, True)
+    (work,) = own_work([example], [target], stain(right, 28, 26))
+    assert work.kept() is False
+
+
+def test_a_bribe_is_not_a_move():
+    """A copy with a yellow mark where the thing should go (what a student once learnt to draw): neither moved nor kept. A plain copy was
+    not moved. A thing at both places is not a finished move; nobody says that the rest was kept."""
+    edit, copy = REQUESTS["move"], render([ROOMY])
+    target = apply_edit(ROOMY, edit, random.Random(0))
+    both = torch.cat((copy[:, :, :16], render([target])[:, :, 16:]), 2)
+    look = lambda picture: own_work([Example(ROOMY, edit, "")], [target], picture)[0]
+    assert look(stain(copy, 28, 26)).done() is False and look(stain(copy, 28, 26)).kept() is False
+    assert look(copy).done() is False
+    assert look(both).done() is None and look(both).kept() is None and look(both).leftover > BARE
+
+
+def test_of_additions_only_the_other_things_are_judged():
+    scene, copy, _ = square_for_circle()
+    edit = Edit("add", "square", color="green", texture="solid")
+    target = apply_edit(scene, edit, random.Random(0))
+    look = lambda picture: own_work([Example(scene, edit, "")], [target], picture)[0]
+    assert (look(copy).done(), look(copy).kept()) == (None, None)
+    assert look(copy[:, :, :1, :1].expand_as(copy)).kept() is False
+
+
+def test_a_student_s_work_is_part_of_the_lessons():
+    """Pairs marked 'own' show what the student drew; of a student that copies every move is a no, and nothing else is asked of them."""
+    given = []
+
+    def copies(references, instructions):
+        given.append(references)
+        return references
+
+    work = lesson(96, 32, "own", editor=copies)
+    rows = [i for i, kind in enumerate(work.kinds) if kind == "own"]
+    assert len(rows) > 16 and len(given) == 1 and torch.equal(work.output[rows], given[0]) and set(t for i, t in enumerate(work.types) if i in rows) <= set(EDIT_TYPES)
+    answers, singles = work.answers.view(96, 4), work.single_answers.view(96, 3)
+    for i in rows:
+        other = not torch.equal(work.questions[4 * i + 1], work.questions[4 * i + 3])  # a second request was found
+        assert (answers[i, 2:] == -1).all() or not other
+        assert (singles[i, 1:] == -1).all() and (work.caption_labels[i] == -100).all() and (work.ground_output[i] == -100).all()
+        if work.types[i] == "move":
+            assert answers[i, 0] == 0
+
+
+def test_earlier_students_edit_as_they_were_asked():
+    """The picked student sees the references and the instructions, in one, two or four calls, without a graph."""
+    picture, calls = render([square_for_circle()[0]] * 2), []
+
+    class Copies(torch.nn.Module):
+        device, encode_text = torch.device("cpu"), staticmethod(lambda ids: ids)
+
+        def forward(self, x, t, text, given):
+            calls.append(text)
+            return (x - given) / t.view(-1, 1, 1, 1)
+
+    torch.manual_seed(0)
+    drawn = practise([Copies()], picture, torch.ones(2, 4, dtype=torch.long))
+    assert len(calls) in (1, 2, 4) and not drawn.requires_grad and torch.allclose(drawn, picture, atol=1e-4)

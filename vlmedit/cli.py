@@ -252,7 +252,7 @@ def convert(name: str, value: Any, kind: Any) -> Any:
         if type(None) in inner:
             return None if value in (None, "none", "None", "null") else convert(name, value, next(k for k in inner if k is not type(None)))
         if origin is tuple:
-            parts = [p.strip() for p in value.strip("()[] ").split(",")] if isinstance(value, str) else list(value)
+            parts = [p.strip() for p in value.strip("()[] ").split(",") if p.strip()] if isinstance(value, str) else list(value)
             kinds = inner[:1] * len(parts) if inner[1:] == (...,) else inner
             return tuple(convert(name, p, k) for p, k in zip(parts, kinds, strict=True))
         if kind is bool:

@@ -27,7 +27,7 @@ LEAST_PYTHON = (3, 11)
 LEAST_DISK = 2**30  # bytes: a run's checkpoints, logs and pictures
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pillow")
 ROLES = ("editor", "teacher", "warm", "judge")
-TRAINED_BY = {"teacher": "teacher", "softener": "teacher", "judge": "judge", "student": "warmup"}  # setting that names a model -> stage that trains it
+TRAINED_BY = {"teacher": "teacher", "softener": "teacher", "judge": "judge", "student": "warmup", "students": "npedit"}  # setting that names a model -> stage that trains it
 SLOW, PATIENCE = 10.0, 90.0  # seconds on one stage before its third update is left out, on one tier before its other stages are
 COSTLIEST = {"attack_from": 0}  # times the updates as they are for most of a run
 
@@ -118,10 +118,11 @@ def checkpoints(root: Path | None = None, family: str = "shapes") -> Iterator[Ch
 
 def lacking_models(config) -> list[str]:
     """Which models a stage starts from are not where its configuration says, and what trains them."""
-    places = {name: Path(getattr(config, name)) for name in TRAINED_BY if getattr(config, name, None)}
+    given = {name: getattr(config, name, None) or () for name in TRAINED_BY}
+    places = [(name, Path(place)) for name, value in given.items() for place in ((value,) if isinstance(value, str) else value)]
     return [
         f"{name} is {str(place)!r}, no folder with a model; train it (vlmedit train {TRAINED_BY[name]}) or name another with --set {name}=FOLDER"
-        for name, place in places.items()
+        for name, place in places
         if not (place / "config.json").is_file()
     ]
 
@@ -137,7 +138,7 @@ def random_models(tier: str, folder: Path) -> dict[str, str]:
     config = JudgeConfig.make(tier)
     DiT(side=config.side, vocab_size=len(build_tokenizer()), text_length=TEXT_LENGTH).save_pretrained(folder / "dit")
     build_judge(config.size, config.side).save_pretrained(folder / "judge")
-    return {name: str(folder / ("judge" if name == "judge" else "dit")) for name in TRAINED_BY}
+    return {name: str(folder / ("judge" if name == "judge" else "dit")) for name in TRAINED_BY if name != "students"}
 
 
 def stage_seconds(config, loop) -> float:

@@ -104,6 +104,7 @@ class JudgeConfig(TrainConfig):
     caption_weight: float = 0.3
     start: str | None = None  # weights to go on from; None is random
     softener: str | None = "runs/teacher/model"  # redraws some of the outputs as a student would; None is off
+    students: tuple[str, ...] = ()  # earlier students, whose edits become lessons: what they bribe a judge with
     ground_weight: float = 1.0
 
     @classmethod

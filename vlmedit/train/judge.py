@@ -7,7 +7,7 @@ steps of L2 gradient ascent on the judge's own loss [arXiv:1706.06083].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from vlmedit.flow import interpolate, to_x0
+from vlmedit.flow import few_step_times, interpolate, sample, to_x0
 from vlmedit.models.dit import DiT
 from vlmedit.models.judge import JudgeConfig as ModelConfig
 from vlmedit.models.judge import JudgeModel
@@ -72,6 +72,17 @@ def soften(teacher: DiT, pictures: Tensor, captions: Tensor) -> Tensor:
     return drawn.to(home)
 
 
+@torch.no_grad()
+def practise(students: Sequence[DiT], references: Tensor, instructions: Tensor) -> Tensor:
+    """One of earlier students edits the references (B, 3, S, S) as instructed (B, L), in one, two or four calls. What it has learnt to
+    please a judge with becomes a lesson: the marks that prove nothing, as adversarial negatives."""
+    student = students[int(torch.randint(len(students), ()))]
+    given, text = references.to(student.device), student.encode_text(instructions.to(student.device))
+    steps = (1, 2, 4)[int(torch.randint(3, ()))]
+    noise = torch.randn_like(given)
+    return sample(lambda x, t: student(x, t, text, given), noise, few_step_times(steps), "renoise").float().to(references.device)
+
+
 def build_judge(size: str, side: int) -> JudgeModel:
     tokenizer = build_tokenizer()
     return JudgeModel(ModelConfig(side=side, vocab_size=len(tokenizer), text_length=40, **JUDGE_SIZES[size]))
@@ -85,9 +96,11 @@ def train_judge(config: JudgeConfig, accelerator: Accelerator | None = None) -> 
     optimizer, ema = Optimizer(judge, config), EMA(judge, config.ema)
     run.register("model", judge, optimizer, ema)
     softener = partial(soften, DiT.from_pretrained(config.softener).to(run.device).eval()) if config.softener else None
+    students = [DiT.from_pretrained(folder).to(run.device).eval() for folder in config.students]
+    editor = partial(practise, students) if students else None
     for index in run.steps():
         with run.accelerator.autocast():
-            work = lesson(config.batch, config.side, *run.key(index), softener=softener).to(run.device)
+            work = lesson(config.batch, config.side, *run.key(index), softener=softener, editor=editor).to(run.device)
         output = work.output
         with run.accelerator.autocast():
             if index >= config.attack_from:
