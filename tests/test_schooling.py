@@ -9,7 +9,7 @@ import torch
 from vlmedit import schooling
 from vlmedit.data import Example, sample_example
 from vlmedit.models.text import END, NO, YES, build_tokenizer
-from vlmedit.schooling import BARE, RUINED, SHARES, SOILED, SPOTLESS, Clarity, answer_ids, blotch, clarity, lesson, mistakable, own_work, soil
+from vlmedit.schooling import BARE, RUINED, SHARES, SOILED, SPOTLESS, STAIN, Clarity, answer_ids, blotch, clarity, lesson, mistakable, own_work, soil
 from vlmedit.train.judge import practise, soften
 from vlmedit.world.edits import EDIT_TYPES, Edit, apply_edit
 from vlmedit.world.language import DESCRIBE, caption, parse_instruction
@@ -383,7 +383,7 @@ def test_a_student_s_work_is_measured_by_what_was_asked(kind):
     (work,) = own_work([example], [target], right)
     assert (work.done(), work.kept()) == (True, True)
     (work,) = own_work([example], [target], stain(right, 28, 26))
-    assert work.kept() is False
+    assert work.kept() is (None if kind == "background" else False)  # nobody vouches for the looks of a new background
 
 
 def test_a_bribe_is_not_a_move():
@@ -396,6 +396,13 @@ def test_a_bribe_is_not_a_move():
     assert look(stain(copy, 28, 26)).done() is False and look(stain(copy, 28, 26)).kept() is False
     assert look(copy).done() is False
     assert look(both).done() is None and look(both).kept() is None and look(both).leftover > BARE
+
+
+def test_what_was_not_removed_is_no_stain():
+    """A copy, where a thing was to go: not said to be done, and nobody says that the rest has suffered."""
+    edit, copy = REQUESTS["remove"], render([ROOMY])
+    (work,) = own_work([Example(ROOMY, edit, "")], [apply_edit(ROOMY, edit, random.Random(0))], copy)
+    assert (work.done(), work.kept()) == (None, None) and work.leftover > BARE and work.stain < STAIN
 
 
 def test_of_additions_only_the_other_things_are_judged():

@@ -138,8 +138,9 @@ SOFT_SHARE = 0.4  # of the pictures, where there is a softener: redrawn by a gen
 # How far a redrawn thing is from what it was, over its distance to the nearest other thing it could be taken for (another shape,
 # texture or color, or none): below LIKE it still is that thing, above UNLIKE it is no longer, between them nobody is asked.
 LIKE, UNLIKE = 0.65, 0.85
-STAIN = 0.3  # the same of five by five pixels, from which on something has been
+FAR = 1.1  # of a student's own work: from here on it is nearer to another thing, and the oracle agrees on nine of ten
 BARE = 0.08  # root mean square error of the background up to which nothing has been added to it
+STAIN = 0.3  # the same of its worst five by five pixels, from which on something has been
 
 Softener = Callable[[Tensor, Tensor], Tensor]  # pictures (B, 3, S, S), caption ids (B, L) -> pictures redrawn
 Editor = Callable[[Tensor, Tensor], Tensor]  # references (B, 3, S, S), instruction ids (B, L) -> edits
@@ -181,7 +182,7 @@ class OwnWork:
     Nobody knows where an added thing should be, so of additions only the other things are looked at."""
 
     edit: Edit
-    clear: Clarity  # of the scene asked for; the place a thing was moved from is not background
+    clear: Clarity  # of the scene asked for; the place of a thing that was to leave is not background
     leftover: float  # root mean square error at that place
     stain: float  # the same of the worst five by five pixels of background
 
@@ -191,14 +192,15 @@ class OwnWork:
             return None
         if self.edit.type in ("replace", "texture", "move", "recolor"):
             subject = self.clear.things[self.edit.new_shape or self.edit.shape]
-            if subject > UNLIKE and self.edit.type != "recolor":
+            if subject > FAR and self.edit.type != "recolor":
                 return False
             return True if subject < LIKE and tidy else None
         return True if self.clear.clear() and tidy else None
 
     def kept(self) -> bool | None:
         subject = self.edit.new_shape or self.edit.shape
-        if self.clear.worst(free=subject) > UNLIKE or (self.edit.type != "add" and self.stain > STAIN):
+        stained = self.stain > STAIN and self.edit.type not in ("add", "background", "style")
+        if self.clear.worst(free=subject) > FAR or stained:
             return False
         tidy = self.clear.background < BARE and self.leftover < BARE
         return True if self.edit.type != "add" and self.clear.worst() < LIKE and tidy else None
@@ -208,7 +210,7 @@ def own_work(examples: list[Example], targets: list[Scene], drawn: Tensor) -> li
     """A student's edits (B, 3, S, S) of the examples, beside their targets."""
     side = drawn.shape[-1]
     clean = render(targets, side)
-    origins = [tuple(t for t in e.scene.things if t.shape == e.edit.shape) if e.edit.type == "move" else () for e in examples]
+    origins = [tuple(t for t in e.scene.things if t.shape == e.edit.shape) if e.edit.type in ("move", "remove") else () for e in examples]
     found = clarity(drawn, clean, targets, origins)
     masks = [torch.stack([near(t, side) for t in target.things] or [torch.zeros(side, side, dtype=torch.bool)]).any(0) for target in targets]
     works = []
