@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup run test notebooks workshop clean help
+.PHONY: setup run test solved-test browser-test notebooks workshop badges clean help
 .DEFAULT_GOAL := help
 
 setup: $(STAMP)
@@ -29,11 +29,23 @@ run: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 -q
 
+# minutes, not in `test`: all notebooks with their stubs solved, and with all cells run again
+solved-test: setup
+	$(BIN)/python -m pytest -n 2 -q -m solved tests/test_notebooks.py
+
+# needs Chromium, the system's or another one named by VLMEDIT_CHROMIUM; skipped where there is none
+browser-test: setup
+	$(PIP) install --quiet "playwright>=1.50,<2"
+	$(BIN)/python -m pytest -q -rs -m browser tests/test_browser.py
+
 notebooks: setup
 	$(BIN)/vlmedit notebook refresh all
 
 workshop: setup
 	$(BIN)/python -m vlmedit.workshop dist
+
+badges: setup
+	$(BIN)/python -m vlmedit.badges dist/colab
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .ruff_cache
@@ -42,9 +54,12 @@ clean:
 help:
 	@echo "make run     set up .venv (once) and run the main job: the live no-pair training, edits, pictures, metrics"
 	@echo "make test    set up .venv (once) and pass the tests"
+	@echo "make solved-test   run the notebooks with every exercise solved, and with all cells run again (about twice as long as test)"
+	@echo "make browser-test  move the notebooks' widgets in a real browser; needs Chromium"
 	@echo "make setup   set up .venv alone; repeats nothing unless the lock changed"
 	@echo "make notebooks  run the notebooks at the laptop tier and keep their outputs in them"
 	@echo "make workshop   write the zips for participants and for the teacher into dist/"
+	@echo "make badges     write the badges for Binder and Colab into README.md and the notebooks for Colab into dist/colab"
 	@echo "make clean   remove .venv and caches; run folders stay"
 	@echo
 	@echo "On a GPU (Linux): make clean, then    make setup TORCH_INDEX=    which takes torch from the default index, built for CUDA"

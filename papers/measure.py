@@ -28,11 +28,12 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 sys.path.insert(0, str(HERE.parent / "tests"))  # the foreign drawings live with the tests
 
+from vlmedit import study  # noqa: E402
 from vlmedit.evaluate import evaluate_judge, evaluate_student, evaluate_teacher, judge_against_oracle  # noqa: E402
 from vlmedit.models.dit import DiT  # noqa: E402
 from vlmedit.models.judge import JudgeModel  # noqa: E402
 from vlmedit.models.pipeline import checkpoint  # noqa: E402
-from vlmedit.train.config import DistillConfig, NPEditConfig, SFTConfig  # noqa: E402
+from vlmedit.train.config import DistillConfig, SFTConfig  # noqa: E402
 from vlmedit.train.distill import train_distill  # noqa: E402
 from vlmedit.train.npedit import train_npedit  # noqa: E402
 from vlmedit.train.sft import train_sft  # noqa: E402
@@ -91,8 +92,7 @@ def measure_editor(args) -> None:
 
 def paired(student: DiT, judge: JudgeModel, n: int, seeds) -> dict[str, list[dict]]:
     """A paired student at 4 re-noising steps, at 4 and at 30 Euler steps."""
-    ways = {"4 steps": dict(steps=4), "4 steps, Euler": dict(steps=4, sampler="euler"), "30 steps": dict(steps=30, sampler="euler")}
-    return {name: [evaluate_student(student, judge, n, s, **way)[0] for s in seeds] for name, way in ways.items()}
+    return {way: [evaluate_student(student, judge, n, s, **study.WAYS[way])[0] for s in seeds] for way in study.PAIRED.ways}
 
 
 def measure_rivals(args) -> None:
@@ -180,42 +180,18 @@ def measure_cost(args) -> None:
     write("cost", {"cpu_seconds_per_update": seconds, "split": split, "batch": config.batch, "samples_per_cpu_second": config.batch / seconds, "edit_cpu_seconds": latency, "peak_memory_mib": peak})
 
 
-ARMS = {
-    "full": {},
-    "DMD only": dict(judge_weight=0.0),
-    "judge only": dict(dmd_weight=0.0),
-    "caption-blind DMD": dict(target_caption=False),
-    "no identity question": dict(identity=False),
-    "full-vocabulary loss": dict(answer_loss="vocabulary"),
-}
-
-
 def measure_arms(args) -> None:
-    """Ablation arms and the paired rival: same warm start, batch and number of student updates."""
-    judge = load("judge")
-    roles = dict(teacher=str(checkpoint("shapes", "teacher")), judge=str(checkpoint("shapes", "judge")))
-    warm = str(checkpoint("shapes", "warm"))
-    figures = read("arms")
+    """The arms of `vlmedit study objective`: ablations and the paired rival, same warm start, batch and number of student updates."""
     for seed in args.seeds:
-        for arm in args.arms or [*ARMS, "paired SFT"]:
-            key = f"{arm}/{args.updates}/{seed}"
-            if key in figures:
-                continue
-            out = Path(args.out) / key.replace(" ", "-").replace("/", "-")
-            began = time.process_time()
-            common = dict(student=warm, out=str(out), steps=args.updates, seed=seed)
-            if arm == "paired SFT":
-                run = train_sft(SFTConfig.make("laptop", **common))
-            else:
-                run = train_npedit(NPEditConfig.make("laptop", **common, **roles, **ARMS[arm]))
-            for _ in run:
-                pass
-            trained = time.process_time() - began
-            student = DiT.from_pretrained(out / "model").eval()
-            ways = paired(student, judge, args.n, (0,)) if arm == "paired SFT" else {"4 steps": [evaluate_student(student, judge, args.n, 0)[0]]}
-            entry = {"cpu_seconds": trained, **{name: entries[0] for name, entries in ways.items()}}
-            figures = {**read("arms"), key: entry}
-            write("arms", figures)
+        new = [arm for arm in args.arms or study.find("objective").arms if f"{arm}/{args.updates}/{seed}" not in read("arms")]
+        if not new:
+            continue
+        plan = study.plan("objective", seeds=(seed,), arms=new, updates=args.updates, n=args.n, out=RESULTS / "studies" / "objective", runs=args.out)
+        for cell, _ in study.run(plan):
+            study.write_tables(plan)
+            if not cell["ok"]:
+                raise SystemExit(f"arm {cell['arm']}, seed {seed} failed: {cell['error']}")
+            write("arms", {**read("arms"), f"{cell['arm']}/{args.updates}/{seed}": {"cpu_seconds": cell["cpu_seconds"], **cell["ways"]}})
 
 
 PARTS = {"teacher": measure_teacher, "judge": measure_judge, "editor": measure_editor, "foreign": measure_foreign, "cost": measure_cost, "strip": measure_strip}
@@ -228,7 +204,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=512, help="held-out requests")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--updates", type=int, default=400, help="of each arm, of the rival, of the distillation")
-    parser.add_argument("--arms", nargs="+", choices=[*ARMS, "paired SFT"])
+    parser.add_argument("--arms", nargs="+", choices=list(study.find("objective").arms))
     parser.add_argument("--out", default="runs/arms")
     args = parser.parse_args()
     for part in PARTS if "all" in args.parts else args.parts:

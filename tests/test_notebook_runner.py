@@ -83,6 +83,38 @@ def test_run_all_goes_on_after_a_failure_and_names_the_cell(tmp_path, capsys):
     assert good["ok"] and good["cells"] == 3 and good["seconds"] > 0 and good["metrics"] == {"tier": "smoke", "seed": 1, "score": 0.5, "by": {"x": 2}}
 
 
+def test_a_cell_that_takes_too_long_is_stopped_and_named(tmp_path):
+    """What ran before is kept, and so is the result beside it."""
+    book = make(tmp_path / "00_slow.ipynb", "x = 1", "import time\ntime.sleep(600)", "y = 2")
+    result = suite.run(suite.read(book), {"SEED": 1}, tmp_path / "out", progress=False, patience=5)
+    assert (result.ok, result.failed_cell, result.error) == (False, 4, "not finished after 5 s") and result.seconds < 300
+    code = [c for c in nbformat.read(tmp_path / "out/00_slow.ipynb", 4).cells if c.cell_type == "code"]
+    assert code[result.failed_cell - 1].source.endswith("time.sleep(600)") and code[2].execution_count and not code[4].execution_count
+    assert json.loads((tmp_path / "out/00_slow.json").read_text())["error"] == result.error
+
+
+def test_a_kernel_that_dies_is_a_result(tmp_path):
+    book = make(tmp_path / "00_dies.ipynb", "x = 1", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    result = suite.run(suite.read(book), {}, tmp_path / "out", progress=False)
+    assert not result.ok and result.failed_cell == 3 and "the kernel died" in result.error
+
+
+def test_output_widgets_do_not_hang_the_executor(tmp_path):
+    """What papermill's own engine hangs on within a few cells: outputs caught by a widget, and the cell's end right after them."""
+    catch = "with caught:\n    for k in range(5):\n        display({'text/plain': str(k)}, raw=True)"
+    book = make(tmp_path / "00_widgets.ipynb", "import ipywidgets\nfrom IPython.display import display\ncaught = ipywidgets.Output()", *[catch] * 12)
+    result = suite.run(suite.read(book), {}, tmp_path / "out", progress=False, patience=60)
+    assert result.ok, result.error
+
+
+def test_a_relative_folder_for_the_runs(tmp_path, monkeypatch):
+    """Papermill works inside the folder of the output; a relative one still means the place where the command was given."""
+    make(tmp_path / "00_tiny.ipynb", RECORD)
+    monkeypatch.chdir(tmp_path)
+    assert suite.run(suite.read(Path("00_tiny.ipynb")), {}, Path("a/b"), progress=False).ok
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == ["00_tiny.ipynb", "a/b/00_tiny.ipynb", "a/b/00_tiny.json"]
+
+
 def test_a_sweep_resumes_and_isolates_failures(tmp_path, capsys):
     """Seed 1 kills its own process. A second sweep runs that one alone again; a changed notebook runs everything again."""
     book = make(tmp_path / "00_tiny.ipynb", "import os\nif SEED == 1 and not os.path.exists('/nowhere'):\n    raise SystemExit('died')", RECORD)
@@ -128,6 +160,21 @@ def test_refresh_writes_laptop_outputs_and_leaves_the_source(tmp_path):
     assert after.metadata.vlmedit.code == suite.code_hash(after)
     once = book.read_text()
     assert suite.refresh(suite.read(book), tmp_path / "out").ok and book.read_text() == once  # nothing dated in it
+
+
+def test_deleting_any_one_output_changes_nothing(tmp_path):
+    """Refreshed again after the outputs of a single cell are gone, the notebook is what it was, byte by byte."""
+    book = make(tmp_path / "00_tiny.ipynb", RECORD, "print(TIER)", "SEED + 1")
+    assert suite.refresh(suite.read(book), tmp_path / "out").ok
+    once = book.read_text()
+    having = [i for i, c in enumerate(nbformat.read(book, 4).cells) if c.get("outputs")]
+    assert len(having) == 3
+    for i in having:
+        damaged = nbformat.read(book, 4)
+        damaged.cells[i].outputs, damaged.cells[i].execution_count = [], None
+        nbformat.write(damaged, book)
+        assert book.read_text() != once
+        assert suite.refresh(suite.read(book), tmp_path / "out").ok and book.read_text() == once
 
 
 def test_a_notebook_that_would_be_too_large_is_left_as_it_is(tmp_path):

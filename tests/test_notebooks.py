@@ -13,6 +13,7 @@ import pytest
 from vlmedit import exercises, learn
 from vlmedit.learn import Exercise
 from vlmedit.models.pipeline import checkpoint
+from vlmedit.workshop import solved, without_outputs
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -163,19 +164,23 @@ def test_every_exercise_runs_as_a_stub_and_with_its_solution(path):
         assert learn.check(exercise.reference, exercise) is exercise.reference
 
 
+def execute(path: Path, folder: Path, *options: str) -> Path:
+    """The notebook executed by `vlmedit notebook run` at tier smoke in an empty folder, where it leaves nothing else."""
+    command = [sys.executable, "-m", "vlmedit.cli", "notebook", "run", str(path), "-p", "TIER=smoke", "--out", str(folder), *options]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-2000:]
+    assert sorted(p.name for p in folder.iterdir()) == [path.name, f"{path.stem}.json"]
+    return folder / path.name
+
+
 @pytest.fixture(scope="session")
 def executed(tmp_path_factory):
-    """Each notebook executed at tier smoke, in a folder of its own, once; the path of the result."""
+    """Each notebook executed once; the path of the result."""
     done: dict[Path, Path] = {}
 
     def run(path: Path) -> Path:
         if path not in done:
-            folder = tmp_path_factory.mktemp(path.stem)
-            command = [sys.executable, "-m", "papermill", str(path), "out.ipynb", "-p", "TIER", "smoke", "-k", "python3", "--no-progress-bar"]
-            result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=580)
-            assert result.returncode == 0, result.stderr[-3000:]
-            assert [p.name for p in folder.iterdir()] == ["out.ipynb"]  # leaves nothing else behind
-            done[path] = folder / "out.ipynb"
+            done[path] = execute(path, tmp_path_factory.mktemp(path.stem))
         return done[path]
 
     return run
@@ -191,10 +196,27 @@ def lacking() -> str:
     return ""
 
 
+needs_checkpoints = pytest.mark.skipif(bool(lacking()), reason=f"the notebooks need the shipped checkpoints: {lacking()}")
+MEASURED = re.compile(r"seconds|cpu|time|memory|mib|gib|peak|cost", re.I)  # metrics of the machine, which differ from run to run
+
+
+def figures(metrics: dict, before: str = "") -> dict:
+    """Recorded metrics by their full names, without those of the machine."""
+    out = {}
+    for name, value in metrics.items():
+        inner = figures(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
+        out |= {k: v for k, v in inner.items() if not MEASURED.search(k)}
+    return out
+
+
+def same(one: dict, other: dict) -> bool:
+    one, other = figures(one), figures(other)
+    return one.keys() == other.keys() and all(v == (pytest.approx(other[k], rel=1e-3, abs=1e-4) if isinstance(v, float) else other[k]) for k, v in one.items())
+
+
+@needs_checkpoints
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_runs_top_to_bottom_unsolved(path, executed):
-    if lack := lacking():
-        pytest.skip(f"the notebooks need the shipped checkpoints: {lack}")
     notebook = nbformat.read(executed(path), 4)
     assert all(c.execution_count for c in notebook.cells if c.cell_type == "code")
     kinds = [o.output_type for c in notebook.cells for o in c.get("outputs", ())]
@@ -205,12 +227,70 @@ def test_runs_top_to_bottom_unsolved(path, executed):
     assert metrics["tier"] == "smoke" and metrics["seed"] == 0 and metrics["seconds"] > 0
 
 
+@needs_checkpoints
 def test_start_here_records_what_it_claims(executed):
-    if lack := lacking():
-        pytest.skip(f"the notebooks need the shipped checkpoints: {lack}")
     metrics = learn.recorded(executed(ROOT / "notebooks/00_start_here.ipynb"))
     assert metrics["lazy_done"] <= 1 and metrics["lazy_kept"] >= 7 and metrics["lazy_p_identity"] > 0.7 > 0.3 > metrics["lazy_p_edit"]
     assert 0.5 <= metrics["success"] <= 1 and set(metrics["success_by_type"]) == {"add", "remove", "replace", "recolor", "texture", "background", "move", "style"}
     believed = sum(metrics["judge_p_yes"].values()) / 2
     assert metrics["hacking_gap"] == pytest.approx(believed - metrics["success"], abs=1e-6)
     assert metrics["n"] == 32 and metrics["keep_psnr"] > 20
+
+
+@needs_checkpoints
+def test_plain_papermill_elsewhere_on_half_deleted_outputs_changes_nothing(executed, tmp_path):
+    """Executed notebook 00 with one output gone, by papermill itself, in another folder: the same figures, and nothing else written."""
+    first = executed(ROOT / "notebooks/00_start_here.ipynb")
+    book = nbformat.read(first, 4)
+    book.cells = [c for c in book.cells if "injected-parameters" not in c.metadata.get("tags", ())]
+    next(c for c in book.cells if c.get("outputs")).outputs = []
+    (tmp_path / "here").mkdir()
+    nbformat.write(book, tmp_path / "again.ipynb")
+    command = [sys.executable, "-m", "papermill", "../again.ipynb", "out.ipynb", "-p", "TIER", "smoke", "-k", "python3", "--no-progress-bar", "--execution-timeout", "600"]
+    result = subprocess.run(command, cwd=tmp_path / "here", capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [p.name for p in (tmp_path / "here").iterdir()] == ["out.ipynb"]
+    assert same(learn.recorded(first), learn.recorded(tmp_path / "here/out.ipynb"))
+
+
+def twice(path: Path, folder: Path) -> Path:
+    """A notebook whose code runs two times in one kernel, as after `Run All Cells` again."""
+    book = nbformat.read(path, 4)
+    again = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", ())]
+    for cell in again:
+        cell.id = f"again-{cell.id}"[:64]
+    book.cells += again
+    nbformat.write(book, folder / path.name)
+    return folder / path.name
+
+
+@needs_checkpoints
+@pytest.mark.parametrize("path", [p if p.stem == "00_start_here" else pytest.param(p, marks=pytest.mark.solved) for p in NOTEBOOKS], ids=name_of)
+def test_running_all_cells_again_changes_nothing(path, tmp_path):
+    """No cell depends on what a later one left behind: the second pass in the same kernel records the figures of the first."""
+    (tmp_path / "out").mkdir()
+    book = nbformat.read(execute(twice(path, tmp_path), tmp_path / "out"), 4)
+    start = next(i for i, c in enumerate(book.cells) if c.id.startswith("again-"))
+    passes = []
+    for cells in (book.cells[:start], book.cells[start:]):
+        passes.append({k: v for c in cells for o in c.get("outputs", ()) for k, v in o.get("data", {}).get(learn.METRICS, {}).items()})
+    assert passes[0] and same(*passes)
+
+
+@pytest.mark.solved
+@needs_checkpoints
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_runs_top_to_bottom_with_the_solutions(path, tmp_path):
+    """Every stub replaced by its reference, as in the teacher's zip: each is told right, and the figures are sane."""
+    book = solved(nbformat.read(path, 4))
+    stubs = 0
+    for cell in book.cells:
+        if "exercise" in cell.metadata.get("tags", ()):
+            cell.source = cell.source[cell.source.index("# the solution") :]
+            stubs += 1
+    nbformat.write(without_outputs(book), tmp_path / path.name)
+    (tmp_path / "out").mkdir()
+    done = execute(tmp_path / path.name, tmp_path / "out")
+    said = "".join(o.get("text", "") for c in nbformat.read(done, 4).cells for o in c.get("outputs", ()))
+    assert said.count("the notebook goes on with yours") == stubs and "not solved yet" not in said
+    assert learn.recorded(done)["tier"] == "smoke"

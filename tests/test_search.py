@@ -6,7 +6,8 @@ import pytest
 import torch
 from scipy import stats
 
-from vlmedit.search import ascend, norm_penalty, optimise_noise, optimise_pixels, size
+from vlmedit.flow import sample
+from vlmedit.search import ascend, norm_penalty, optimise_noise, optimise_pixels, resample, size, steer
 
 SHAPE = (5, 3, 4, 4)
 
@@ -136,3 +137,75 @@ def test_the_caller_s_noise_is_left_alone():
     noise, kept = draw(), draw()
     list(optimise_noise(torch.tanh, linear(draw(8)), noise, 3))
     assert torch.equal(noise, kept) and not noise.requires_grad
+
+
+# --- steering samples
+
+
+def toy(batch: int, seed: int = 0):
+    """A flow to each row's own place, and noise to start from."""
+    goal = draw(seed + 50, (batch, 3, 4, 4))
+    return lambda x, t: (x - goal[: len(x)]) / t.view(-1, 1, 1, 1) * 0.7, draw(seed, (batch, 3, 4, 4))
+
+
+TIMES = (1.0, 0.75, 0.5, 0.25)
+
+
+@pytest.mark.parametrize("sampler", ("renoise", "euler", "corrector"))
+def test_one_particle_is_plain_sampling(sampler):
+    """The same bits as `flow.sample` from the same generator, and the judge is never asked."""
+    velocity, noise = toy(5)
+    refuse = lambda pictures: pytest.fail("asked for a reward")
+    generator = lambda: torch.Generator().manual_seed(3)
+    found = steer(velocity, refuse, noise, TIMES, 1, 2.0, sampler, generator())
+    assert torch.equal(found, sample(velocity, noise, TIMES, sampler, generator()))
+
+
+@pytest.mark.parametrize("times, strength", (((1.0,), 1.0), (TIMES, 0.0)))
+def test_one_step_or_no_strength_is_best_of_n(times, strength):
+    """Of each group of four plain samples the one with the highest reward, whatever the strength at one step."""
+    velocity, noise = toy(12)
+    generator = lambda: torch.Generator().manual_seed(3)
+    reward = lambda pictures: pictures[:, 0, 0, 0]
+    plain = sample(velocity, noise, times, "renoise", generator())
+    rows = reward(plain).view(3, 4).argmax(1) + 4 * torch.arange(3)
+    assert torch.equal(steer(velocity, reward, noise, times, 4, strength, "renoise", generator()), plain[rows])
+
+
+def test_survivors_are_drawn_by_their_weights():
+    """30,000 draws of four particles with weights 1 : 2 : 3 : 4: each share within 5 standard errors; never from another group."""
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0]).log().repeat(7500)
+    rows = resample(weights, 4, torch.Generator().manual_seed(0))
+    assert torch.equal(rows // 4, torch.arange(30_000) // 4)
+    shares = torch.bincount(rows % 4) / 30_000
+    assert ((shares - torch.tensor([0.1, 0.2, 0.3, 0.4])).abs() < 5 * 0.5 / 30_000**0.5).all()
+
+
+def test_weights_are_gains_of_reward_between_steps(monkeypatch):
+    """The potential is strength (r now - r before), r before of the survivor's own past, 0 at the first step; none at the last."""
+    from vlmedit import search as module
+
+    velocity, noise = toy(4)
+    asked, weights = [], []
+    monkeypatch.setattr(module, "resample", lambda w, n, g: weights.append(w.clone()) or torch.tensor([1, 1, 0, 3]))
+    reward = lambda pictures: asked.append(pictures.mean((1, 2, 3))) or asked[-1]
+    steer(velocity, reward, noise, TIMES, 4, 2.0, "renoise", torch.Generator().manual_seed(0))
+    assert len(weights) == 3 and len(asked) == 4
+    torch.testing.assert_close(weights[0], 2 * asked[0])
+    torch.testing.assert_close(weights[1], 2 * (asked[1] - asked[0][torch.tensor([1, 1, 0, 3])]))
+
+
+def test_steering_tilts_the_samples_by_the_reward():
+    """A flow that ends at random at -1 or 1 (one pixel, by the noise), reward 1 for 1: the best of eight is 1 nearly always, a plain
+    sample half the time; every group has its own best."""
+    velocity = lambda x, t: (x - x.sign()) / t.view(-1, 1, 1, 1)
+    noise = draw(7, (8 * 100, 1, 1, 1))
+    reward = lambda pictures: pictures.flatten(1).sum(1)
+    best = steer(velocity, reward, noise, TIMES, 8, 1.0, "euler")
+    plain = steer(velocity, reward, noise[:100], TIMES, 1, 1.0, "euler")
+    assert best.shape == (100, 1, 1, 1) and best.mean() > 0.95 and abs(plain.mean()) < 0.5
+
+
+def test_broken_groups_are_refused():
+    with pytest.raises(ValueError, match="5 rows of noise in groups of 2 particles; all groups must be whole"):
+        steer(*toy(5)[:1], None, toy(5)[1], TIMES, 2)

@@ -1,6 +1,6 @@
-"""The command line: `vlmedit doctor | train | edit | eval | data | notebook`. Each command takes `--json FILE`.
+"""The command line: `vlmedit doctor | train | edit | eval | data | notebook | study`. Each command takes `--json FILE`.
 
-Exit codes: 0 done, 1 a check of `doctor` failed, 2 bad input (one message, no traceback, nothing half-written), 130 interrupted.
+Exit codes: 0 done, 1 a check of `doctor`, a notebook or an arm of a study failed, 2 bad input (one message, no traceback, nothing half-written), 130 interrupted.
 Heavy imports wait until a command has checked what it was given.
 """
 
@@ -484,7 +484,86 @@ def notebook_results(runs: Path, csv: Path | None, parquet: Path | None, plot: P
     return 0
 
 
-COMMANDS = {"doctor": doctor, "train": train, "edit": edit, "eval": evaluate, "data": data, "notebook": notebook}
+def study(
+    name: Positional[str],
+    *,
+    tier: Tier = "laptop",
+    seeds: tuple[str, ...] = ("0",),
+    arms: tuple[str, ...] = (),
+    updates: int | None = None,
+    n: int | None = None,
+    set: tuple[str, ...] = (),
+    jobs: int = 1,
+    out: Path | None = None,
+    runs: Path | None = None,
+    json: JsonFile = None,
+) -> int:
+    """Train and measure the arms of a study, seed by seed; `vlmedit study list` names the studies and their arms.
+
+    The same command goes on where it was stopped. Writes table.csv, table.json and plot.png. Exit code 1 when an arm failed.
+
+    Args:
+        name: A study, or list.
+        tier: smoke, laptop or gpu: the configuration that the arms change.
+        seeds: Of the trainings: 0,1,2.
+        arms: Some of the study's arms, by name; by default all.
+        updates: Student updates of every arm: 2, 300, 3000 by tier.
+        n: Held-out edits: 8, 512, 2048 by tier.
+        set: Settings for all arms as key=value (of one stage: sft.lr=1e-3); teacher, judge and student name other models.
+        jobs: Cells trained at a time, each in a process of its own.
+        out: Folder of the results; papers/results/studies/NAME by default.
+        runs: Folder of the trainings, shared by all studies; runs/studies by default.
+    """
+    from vlmedit import study as suite
+    from vlmedit.train.stages import STAGES
+
+    if name == "list":
+        _raise(_check_json(json))
+        listed = {k: {"question": s.question, "arms": list(s.arms)} for k, s in suite.STUDIES.items()}
+        for key, value in listed.items():
+            print(f"{key}: {value['question']}\n    {', '.join(value['arms'])}")
+        if json:
+            save_json(listed, json)
+        return 0
+    suite.find(name)
+    _raise(_at_least(jobs=(jobs, 1)) + _check_json(json))
+    words = lambda given: [w.strip() for text in given for w in text.split(",") if w.strip()]
+    numbers = [int(s) if s.isdecimal() else s for s in words(seeds)]
+    chosen = words(arms)
+    texts, models = suite.sort_overrides(name, parse_pairs(set), chosen)
+    overrides = {f"{stage}.{k}": v for stage, given in texts.items() for k, v in typed(STAGES[stage][0], given).items()}
+    plan = suite.plan(name, tier, numbers, chosen, updates, n, overrides | models, out, runs)
+    count, failed = len(plan.arms) * len(plan.seeds), 0
+    with _progress() as progress, disk_errors(Path(plan.runs)):
+        whole = progress.add_task(f"study {name}", total=count, note="")
+        part = progress.add_task("", total=None, note="", visible=jobs == 1)
+
+        def watch(what: str, step) -> None:
+            progress.update(part, description=what, completed=step.index, total=step.total)
+
+        for cell, known in suite.run(plan, jobs, watch):
+            failed += not cell["ok"]
+            progress.update(whole, advance=1, note=cell["arm"])
+            _say(f"{cell['arm']}, seed {cell['seed']}: {_cell_outcome(cell)}{' (there already)' if known else ''}")
+            suite.write_tables(plan)
+    result = suite.write_tables(plan)
+    for row in result["arms"]:
+        error = f" ({row['success_se']:.3f})" if "success_se" in row else ""
+        rest = f"done {row['done']:.2f}  kept {row['kept']:.2f}  manifold {row['manifold_psnr']:.1f} dB  gap {row['hacking_gap']:.2f}"
+        print(f"{row['arm']}: success {row['success']:.3f}{error}  {rest}  {len(row['seeds'])} seeds, {row['calls']:.0f} calls, {row['cpu_seconds']:.0f} CPU-s")
+    print(f"table and plot are in {plan.out}")
+    if json:
+        save_json(result, json)
+    return 1 if failed else 0
+
+
+def _cell_outcome(cell) -> str:
+    if not cell["ok"]:
+        return f"failed: {cell['error']}"
+    return ", ".join(f"{way} {m['success']:.3f}" for way, m in cell["ways"].items())
+
+
+COMMANDS = {"doctor": doctor, "train": train, "edit": edit, "eval": evaluate, "data": data, "notebook": notebook, "study": study}
 
 
 def join_parameters(args: Sequence[str]) -> list[str]:

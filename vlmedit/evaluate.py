@@ -25,6 +25,7 @@ from vlmedit.models.dit import DiT
 from vlmedit.models.judge import JudgeModel
 from vlmedit.models.text import encode
 from vlmedit.schooling import lesson
+from vlmedit.search import steer
 from vlmedit.train.judge import attack, yes_no_losses
 from vlmedit.world.edits import EDIT_TYPES
 from vlmedit.world.language import caption, edit_question, identity_question
@@ -50,8 +51,14 @@ class Judged:
 
 
 @torch.no_grad()
-def edit_examples(student: DiT, examples: Sequence[Example], steps: int = 4, seed: int = 0, sampler: str = "renoise", shift: float = 1.0, batch: int = 64) -> tuple[Tensor, Tensor]:
-    """References and outputs (N, 3, S, S) of a student on held-out requests."""
+def edit_examples(
+    student: DiT, examples: Sequence[Example], steps: int = 4, seed: int = 0, sampler: str = "renoise", shift: float = 1.0, batch: int = 64,
+    judge: JudgeModel | None = None, particles: int = 1, strength: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """References and outputs (N, 3, S, S) of a student on held-out requests. With several `particles`, each output is the one that
+    `judge` likes best, steered to it by `strength` (search.steer; 0 is best-of-N)."""
+    if particles > 1 and judge is None:
+        raise ValueError(f"particles is {particles}, and no judge chooses among them; pass one")
     side, device = student.config.side, next(student.parameters()).device
     references, outputs = [], []
     generator = torch.Generator().manual_seed(seed)
@@ -61,12 +68,25 @@ def edit_examples(student: DiT, examples: Sequence[Example], steps: int = 4, see
         text = student.encode_text(encode([e.instruction for e in part], TEXT_LENGTH).to(device))
         clean = student.config.reference_time == "clean"
         given = student.encode_reference(reference, text) if clean else reference
-        noise = torch.randn(reference.shape, generator=generator).to(device)
         times = flow.few_step_times(steps, shift)
-        output = flow.sample(lambda x, t: student(x, t, text, given), noise, times, sampler, generator)
+        if particles > 1:
+            output = searched(student, judge, part, reference, text, generator, times, particles, strength, sampler)
+        else:
+            noise = torch.randn(reference.shape, generator=generator).to(device)
+            output = flow.sample(lambda x, t: student(x, t, text, given), noise, times, sampler, generator)
         references.append(reference.cpu())
         outputs.append(output.clamp(-1, 1).cpu())
     return torch.cat(references), torch.cat(outputs)
+
+
+def searched(student, judge, examples, reference, text, generator, times, particles: int, strength: float, sampler: str) -> Tensor:
+    """The judge's favorites among `particles` samples of each request."""
+    many = lambda part: part.repeat_interleave(particles, 0)
+    asked, before, text = [e for e in examples for _ in range(particles)], many(reference), many(text)
+    given = student.encode_reference(before, text) if student.config.reference_time == "clean" else before
+    noise = torch.randn(before.shape, generator=generator).to(before.device)
+    reward = lambda pictures: ask_judge(judge, asked, before, pictures.clamp(-1, 1)).clamp(min=1e-12).log().sum(0).to(before.device)
+    return steer(lambda x, t: student(x, t, text, given), reward, noise, times, particles, strength, sampler, generator)
 
 
 def judge_by_oracle(examples: list[Example], reference: Tensor, output: Tensor) -> Judged:
@@ -110,11 +130,9 @@ def ask_judge(judge: JudgeModel, examples: Sequence[Example], reference: Tensor,
     return torch.cat(parts, 1)
 
 
-def evaluate_student(student: DiT, judge: JudgeModel | None, n: int = 512, seed: int = 0, steps: int = 4, kinds: Sequence[str] = EDIT_TYPES, sampler: str = "renoise", shift: float = 1.0) -> tuple[dict, Judged]:
-    """Oracle metrics of a student on `n` held-out requests, types in turn, and the judged outputs."""
-    began = time.perf_counter()
-    examples = held_out(n, seed, kinds)
-    judged = judge_by_oracle(examples, *edit_examples(student, examples, steps, seed, sampler, shift))
+def summary(judged: Judged, judge: JudgeModel | None) -> dict:
+    """Oracle metrics of judged outputs, and what the judge thinks of them."""
+    examples, n = judged.examples, len(judged.examples)
     by_type = defaultdict(list)
     for example, value in zip(examples, judged.success.tolist()):
         by_type[example.edit.type].append(value)
@@ -131,6 +149,20 @@ def evaluate_student(student: DiT, judge: JudgeModel | None, n: int = 512, seed:
         p = ask_judge(judge, examples, judged.reference, judged.output)
         metrics["judge_p_yes"] = {"edit": p[0].mean().item(), "identity": p[1].mean().item()}
         metrics["hacking_gap"] = p.mean().item() - metrics["success"]
+    return metrics
+
+
+def evaluate_student(
+    student: DiT, judge: JudgeModel | None, n: int = 512, seed: int = 0, steps: int = 4, kinds: Sequence[str] = EDIT_TYPES, sampler: str = "renoise",
+    shift: float = 1.0, particles: int = 1, strength: float = 0.0,
+) -> tuple[dict, Judged]:  # fmt: skip
+    """Oracle metrics of a student on `n` held-out requests, types in turn, and the judged outputs. With several `particles` the judge
+    chooses among them (see `edit_examples`)."""
+    began = time.perf_counter()
+    examples = held_out(n, seed, kinds)
+    search = dict(judge=judge, particles=particles, strength=strength) if particles > 1 else {}
+    judged = judge_by_oracle(examples, *edit_examples(student, examples, steps, seed, sampler, shift, **search))
+    metrics = summary(judged, judge)
     metrics.update(n=n, seed=seed, steps=steps, sampler=sampler, seconds=round(time.perf_counter() - began, 2))
     return metrics, judged
 

@@ -31,6 +31,7 @@ from vlmedit.pictures import InputError, save_json
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 LARGEST = 1_000_000  # bytes of a committed notebook, so that code hosts show it
 TIERS = ("smoke", "laptop", "gpu")
+PATIENCE = {"smoke": 600, "laptop": 3600, "gpu": 12 * 3600}  # seconds that one cell may take, many times what it needs
 
 
 @dataclass(frozen=True)
@@ -142,17 +143,33 @@ def checked(notebooks: Sequence[Notebook], given: Mapping[str, str]) -> list[tup
     return [(n, values) for n, values, _ in pairs]
 
 
-def run(notebook: Notebook, values: Mapping, out: Path, progress: bool = True) -> Result:
-    """Execute into `out/NAME.ipynb`, with the `Result` beside it as JSON. A failing cell is a result, not an exception."""
+def started(executed) -> int:
+    """How many code cells of a notebook kept by papermill were begun."""
+    return sum(c.cell_type == "code" and bool(c.metadata.get("papermill", {}).get("start_time")) for c in executed.cells)
+
+
+def run(notebook: Notebook, values: Mapping, out: Path, progress: bool = True, patience: float | None = None) -> Result:
+    """Execute into `out/NAME.ipynb`, with the `Result` beside it as JSON. A failing cell, one that takes longer than `patience`
+    seconds (by default the tier's) and a kernel that dies are results, not exceptions."""
     import papermill
 
+    from vlmedit.execution import ENGINE, STOPPED
+
+    out = out.resolve()  # papermill changes into it
     out.mkdir(parents=True, exist_ok=True)
     target = out / f"{notebook.name}.ipynb"
+    patience = patience or PATIENCE.get(values.get("TIER", notebook.parameters.get("TIER")))
     began, failed, error = time.perf_counter(), None, ""
     try:
-        papermill.execute_notebook(str(notebook.path), str(target), dict(values), kernel_name="python3", progress_bar=progress, cwd=str(out))
+        papermill.execute_notebook(
+            str(notebook.path.resolve()), str(target), dict(values), kernel_name="python3", progress_bar=progress, cwd=str(out),
+            engine_name=ENGINE, start_timeout=300, execution_timeout=patience,
+        )  # fmt: skip
     except papermill.PapermillExecutionError as stop:
         failed, error = stop.exec_count, f"{stop.ename}: {str(stop.evalue).strip().splitlines()[-1] if str(stop.evalue).strip() else ''}"
+    except STOPPED as stop:
+        failed = started(nbformat.read(target, 4))
+        error = f"not finished after {patience:g} s" if isinstance(stop, TimeoutError) else "the kernel died; out of memory?"
     executed = nbformat.read(target, 4)
     ran = sum(c.cell_type == "code" and bool(c.execution_count) for c in executed.cells)
     result = Result(

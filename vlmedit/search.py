@@ -3,9 +3,12 @@
 * Pixels: normalized L2 gradient steps within a ball around the start                                        [arXiv:1706.06083]
 * Noise (ReNO): min over eps of L(G(eps)) + w (|eps|^2 / 2 - (d - 1) log |eps|), by Nesterov descent with a clipped gradient.
   The bracket is -log p(|eps|) of d normal numbers up to a constant, least at |eps|^2 = d - 1                [arXiv:2406.04312]
+* Samples (FK steering): several particles of one request, resampled between a sampler's steps with weights
+  exp(strength (r(x0 now) - r(x0 before))), r the reward of the clean estimates; the best at the end           [arXiv:2501.06848]
+  One particle is plain sampling, one step or strength 0 is best-of-N.
 
 `loss` maps pictures (B, 3, S, S) to one value per picture (B,); a picture's search does not depend on the batch it is in.
-Both searches are generators: a step is yielded before it is taken, the last after the last update.
+The first two searches are generators: a step is yielded before it is taken, the last after the last update.
 
 Shapes: pictures, noise, delta, gradient (B, C, H, W); radius a float or (B,). Defaults of `optimise_noise`: the released
 code's. Deviates from the paper: the gradient is clipped per picture (the paper optimizes one), and no best step is picked.
@@ -13,11 +16,14 @@ code's. Deviates from the paper: the gradient is clipped per picture (the paper 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+from vlmedit.flow import SAMPLERS, Velocity, to_x0
 
 Loss = Callable[[Tensor], Tensor]  # pictures (B, 3, S, S) -> (B,)
 
@@ -76,3 +82,34 @@ def optimise_noise(
             (gradient,) = torch.autograd.grad((values + weight * norm_penalty(noise)).sum(), noise)
             noise.grad = gradient * (clip / size(gradient)).clamp(max=1)
             optimizer.step()
+
+
+def resample(log_weights: Tensor, particles: int, generator: torch.Generator | None = None) -> Tensor:
+    """Rows that survive: within each group of `particles` neighbors, drawn with replacement in proportion to exp(log_weights), (B,)."""
+    odds = log_weights.detach().float().cpu().view(-1, particles).softmax(1)
+    picked = torch.multinomial(odds, particles, replacement=True, generator=generator)
+    return (picked + particles * torch.arange(len(odds))[:, None]).flatten().to(log_weights.device)
+
+
+@torch.no_grad()
+def steer(
+    velocity: Velocity, reward: Loss, noise: Tensor, times: Sequence[float], particles: int, strength: float = 1.0, sampler: str = "renoise",
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """The best picture of each group of `particles` neighboring rows of `noise`, (B / particles, 3, S, S). `reward` maps clean pictures
+    (B, 3, S, S) to (B,); `generator` draws the sampler's noise and the survivors. Raises ValueError for broken groups."""
+    if particles < 1 or len(noise) % particles:
+        raise ValueError(f"{len(noise)} rows of noise in groups of {particles} particles; all groups must be whole")
+    x, before, stops = noise, 0.0, [*times, 0.0]
+    for t, s in zip(stops, stops[1:]):
+        v = velocity(x, torch.full((len(x),), t, device=x.device, dtype=x.dtype))
+        if particles > 1 and strength and s > 0:
+            now = reward(to_x0(x, v, t))
+            rows = resample(strength * (now - before), particles, generator)
+            x, v, before = x[rows], v[rows], now[rows]
+        eps = randn_tensor(tuple(x.shape), generator=generator, device=x.device, dtype=x.dtype) if sampler != "euler" else None
+        x = SAMPLERS[sampler](x, v, t, s, eps)
+    if particles == 1:
+        return x
+    best = reward(x).view(-1, particles).argmax(1)
+    return x.unflatten(0, (-1, particles))[torch.arange(len(best), device=x.device), best]

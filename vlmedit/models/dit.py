@@ -193,6 +193,10 @@ class DiT(ModelMixin, ConfigMixin):
         _, tokens = self.embed(reference)
         return self.run_blocks(tokens + self.reference_embed, text, self.condition(time, text), None, reference=True)[1]
 
+    def hold_reference(self, reference: Tensor, text: Tensor) -> Cache | Tensor:
+        """What all calls of an unroll share: the cache where the reference is modulated as clean, else its pixels."""
+        return self.encode_reference(reference, text) if self.config.reference_time == "clean" else reference
+
     def forward(self, x: Tensor, t: Tensor, text: Tensor, reference: Tensor | Cache | None = None, with_ground: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity (B, C, H, W). `text`: ids (B, L) or encoded states; `reference`: pixels or a cache of `encode_reference`.
         `with_ground` also returns logits (B, N, sum of ground_classes) of what each patch shows, read off halfway."""

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmedit.data import TASKS
+from vlmedit.dmd import NORMS
+from vlmedit.objectives import OBJECTIVES
+from vlmedit.unroll import CALLS, RENOISE
 
 TIERS = ("smoke", "laptop", "gpu")
 
@@ -162,13 +165,15 @@ class NPEditConfig(TrainConfig):
     warmup: int = 20
     final_lr: float = 0.1
     ema: float = 0.99
-    dmd_weight: float = 1.0  # [R]
+    matching: str = "dmd"  # what pulls to the teacher's pictures: see vlmedit/objectives.py
+    dmd_weight: float = 1.0  # of that; 0 is off [R]
     judge_weight: float = 0.15  # [X]; R: 0.02
     nothing_weight: float = 5.0  # [X]; R: 1.0
     settled: float = 0.2  # share of requests that are fulfilled already, where a type allows it: more rows with target = reference [X]; R: 0
     guidance: float = 2.0  # of the real score, w = 1 is off; R: 3.5, 7.5 for removals, shape and style
     dmd_norm: str = "sample"
     fake_updates: int = 2  # per student update; R: 5
+    ratio_weight: float = 0.1  # of the discriminator in the fake's loss, where `matching` needs one
     fake_rollouts: str = "shared"  # fake updates see the student's own rollout, or "fresh" ones [R]
     calls: str = "mixed"
     sampler_steps: int = 4
@@ -192,6 +197,13 @@ class NPEditConfig(TrainConfig):
             raise ConfigError(f"fake_updates is {self.fake_updates}; it must be at least 0")
         if not 0 <= self.settled < 1:
             raise ConfigError(f"settled is {self.settled}; it is a share in [0, 1)")
+        for name, known in (("matching", OBJECTIVES), ("dmd_norm", NORMS), ("calls", CALLS), ("renoise", RENOISE), ("answer_loss", ("two_logits", "vocabulary"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
+        if self.gradient_calls is not None and self.gradient_calls < 1:
+            raise ConfigError(f"gradient_calls is {self.gradient_calls}; at least the last call must carry a gradient, or none for all")
+        if self.matching == "mmd" and self.batch < 2:
+            raise ConfigError(f"batch is {self.batch}; matching 'mmd' compares pictures with each other: it must be at least 2")
         if self.fake_rollouts not in ("shared", "fresh"):
             raise ConfigError(f"fake_rollouts is {self.fake_rollouts!r}; known: shared, fresh")
 

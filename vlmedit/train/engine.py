@@ -137,8 +137,8 @@ class Checkpoints:
         self.optimizers: dict[str, Optimizer] = {}
         self.averages: dict[str, EMA] = {}
 
-    def identity(self) -> dict:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self.config).items() if k not in self.IGNORED}
+    def identity(self, config: TrainConfig | None = None) -> dict:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config or self.config).items() if k not in self.IGNORED}
 
     def save(self, step: int) -> None:
         if not self.accelerator.is_main_process:
@@ -175,7 +175,8 @@ class Checkpoints:
         if not self.folder.exists():
             return 0
         state = json.loads((self.folder / "state.json").read_text())
-        mine, theirs = self.identity(), state["config"]
+        newer = self.identity(type(self.config)())  # a setting that did not exist yet had what is now its default
+        mine, theirs = self.identity(), newer | state["config"]
         wrong = [k for k in mine if mine[k] != theirs.get(k)]
         if wrong or state["steps"] != self.config.steps:
             what = ", ".join(f"{k}: {theirs.get(k)} there, {mine[k]} now" for k in wrong) or f"steps: {state['steps']} there, {self.config.steps} now"

@@ -7,6 +7,9 @@ send the sum back through the unroll once. Then teach the fake score the student
 
 Deviates from the released code: two fake-score updates on the student's own rollout instead of five on fresh ones
 (`fake_updates`, `fake_rollouts`), smaller weights' scale (see config.py); each is a switch.
+
+The same update runs real models (vlmedit/real): roles and judge are then theirs, and the flow lives in a codec's latents, which
+the judge alone sees decoded.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vlmedit.data import TASKS, UnpairedBatch, rng_for, unpaired_batch
-from vlmedit.dmd import dmd_gradient, dmd_loss, dmd_scores, draw_dmd_time, fake_score_loss
+from vlmedit.dmd import draw_dmd_time, fake_score_loss
 from vlmedit.judging import gain_ramp, judge_loss
+from vlmedit.models.codec import Codec, PixelCodec
 from vlmedit.models.dit import DiT
 from vlmedit.models.judge import JudgeModel
+from vlmedit.objectives import OBJECTIVES, Setting, ratio_head, ratio_loss
 from vlmedit.train.config import NPEditConfig
 from vlmedit.train.engine import EMA, Optimizer, Run, Step
 from vlmedit.unroll import draw_times, rollout
@@ -35,12 +40,15 @@ def nothing_loss(output: Tensor, reference: Tensor, nothing: Tensor) -> Tensor:
 
 
 class NPEdit:
-    """The roles and one update of each, without loop, logging or files."""
+    """The roles and one update of each, without loop, logging or files. Outputs are the codec's latents, which in the miniature are pixels."""
 
-    def __init__(self, config: NPEditConfig, student: DiT, fake: DiT, teacher: DiT, judge: JudgeModel):
-        self.config, self.student, self.fake = config, student, fake
+    def __init__(self, config: NPEditConfig, student: DiT, fake: DiT, teacher: DiT, judge: JudgeModel, codec: Codec = PixelCodec()):
+        self.config, self.student, self.fake, self.codec = config, student, fake, codec
         self.teacher, self.judge = teacher.requires_grad_(False).eval(), judge.requires_grad_(False).eval()
         self.cpu: dict[str, float] = {}
+        self.objective = OBJECTIVES[config.matching]
+        if self.objective.ratio:  # the fake's patch head becomes a discriminator
+            fake.ground = ratio_head(fake.config.width).to(fake.device)
 
     @contextmanager
     def clock(self, part: str):
@@ -50,12 +58,16 @@ class NPEdit:
         self.cpu[part] = self.cpu.get(part, 0.0) + time.process_time() - began
 
     def edit(self, batch: UnpairedBatch, times: tuple[float, ...]) -> Tensor:
-        """Unroll the student: (B, 3, S, S), with a graph when gradients are enabled."""
-        text = self.student.encode_text(batch.instruction)
-        cache = self.student.encode_reference(batch.reference, text) if self.student.config.reference_time == "clean" else batch.reference
-        velocity = lambda x, t: self.student(x, t, text, cache)
-        noise = torch.randn_like(batch.reference)
+        """Unroll the student: latents (B, C, H, W), with a graph when gradients are enabled."""
+        text, reference = self.student.encode_text(batch.instruction), self.latents(batch.reference)
+        held = self.student.hold_reference(reference, text)
+        velocity = lambda x, t: self.student(x, t, text, held)
+        noise = torch.randn_like(reference)
         return rollout(velocity, noise, times, self.config.renoise, self.config.gradient_calls).float()
+
+    @torch.no_grad()
+    def latents(self, pictures: Tensor) -> Tensor:
+        return self.codec.encode(pictures)
 
     def caption(self, batch: UnpairedBatch) -> Tensor:
         return batch.target_caption if self.config.target_caption else batch.reference_caption
@@ -67,18 +79,19 @@ class NPEdit:
         if c.dmd_weight:
             with self.clock("teacher"):
                 t = draw_dmd_time(len(x), device=x.device)
-                real, fake = dmd_scores(x, self.caption(batch), self.teacher, self.fake, c.guidance, t, torch.randn_like(x))
-                loss = c.dmd_weight * dmd_loss(x, dmd_gradient(x, real, fake, c.dmd_norm))
+                real = batch.reference, batch.reference_caption
+                setting = Setting(self.teacher, self.fake, self.caption(batch), t, torch.randn_like(x), c.guidance, c.dmd_norm, *real)
+                loss = c.dmd_weight * self.objective.loss(x, setting)
                 (gradients["dmd"],) = torch.autograd.grad(loss, x)
         if c.judge_weight:
             with self.clock("judge"):
-                loss, right = judge_loss(self.judge, batch, x, gain_ramp(step, c.gain_steps), c.identity, c.answer_loss)
+                loss, right = judge_loss(self.judge, batch, self.codec.decode(x), gain_ramp(step, c.gain_steps), c.identity, c.answer_loss)
                 (gradients["judge"],) = torch.autograd.grad(c.judge_weight * loss, x)
                 metrics.update(judge_loss=loss.item(), p_edit=right[0].mean().item())
                 if c.identity:
                     metrics["p_identity"] = right[1].mean().item()
         if c.nothing_weight and batch.nothing.any():
-            loss = c.nothing_weight * nothing_loss(x, batch.reference, batch.nothing)
+            loss = c.nothing_weight * nothing_loss(x, self.latents(batch.reference), batch.nothing)
             (gradients["nothing"],) = torch.autograd.grad(loss, x)
         metrics.update({f"gradient_{name}": g.flatten(1).norm(dim=1).mean().item() * len(x) for name, g in gradients.items()})
         return gradients, metrics
@@ -92,18 +105,24 @@ class NPEdit:
             output.backward(sum(gradients.values()))
         return output.detach(), metrics
 
-    def fake_backward(self, samples: Tensor, text: Tensor) -> float:
-        """One flow-matching backward of the fake score on student samples."""
+    def fake_backward(self, samples: Tensor, text: Tensor, batch: UnpairedBatch | None = None) -> float:
+        """One flow-matching backward of the fake score on student samples; where the objective needs a density ratio, also one of
+        its discriminator, against the references of `batch`. Returns the flow-matching loss."""
         with self.clock("fake"):
             t = torch.rand(len(samples), device=samples.device).clamp(1e-3, 1 - 1e-3)
             loss = fake_score_loss(self.fake, samples, text, t, torch.randn_like(samples))
-            loss.backward()
+            total = loss
+            if self.objective.ratio:
+                t, eps = draw_dmd_time(len(samples), device=samples.device), torch.randn_like(samples)
+                told = ratio_loss(self.fake, samples, text, batch.reference, batch.reference_caption, t, eps)
+                total = loss + self.config.ratio_weight * told
+            total.backward()
         return loss.item()
 
 
 def train_npedit(config: NPEditConfig, accelerator: Accelerator | None = None) -> Iterator[Step]:
     """Yield a `Step` per student update, its pictures the first references and edits of the batch; the averaged
-    student is saved to `out/model` at the end."""
+    student is saved to `out/model` at the end. The metric `calls` counts network calls of the student on one picture."""
     run = Run(config, accelerator)
     load = lambda folder: DiT.from_pretrained(folder).to(run.device)
     roles = NPEdit(config, load(config.student), load(config.teacher), load(config.teacher), JudgeModel.from_pretrained(config.judge).to(run.device))
@@ -122,17 +141,19 @@ def train_npedit(config: NPEditConfig, accelerator: Accelerator | None = None) -
         with roles.clock("student"):
             norm, fine = optimizer.step(index, run.accelerator)
             ema.update(roles.student, index)
-        samples, text = output, roles.caption(batch)
-        for k in range(config.fake_updates if config.dmd_weight else 0):
+        samples, text, other = output, roles.caption(batch), batch
+        updates = config.fake_updates if config.dmd_weight and roles.objective.fake else 0
+        for k in range(updates):
             with run.accelerator.autocast():
                 if config.fake_rollouts == "fresh":
                     other = draw(*run.key(index), "fake", k)
                     with torch.no_grad(), roles.clock("fake"):
                         samples, text = roles.edit(other, times), roles.caption(other)
-                metrics["fake_loss"] = roles.fake_backward(samples, text)
+                metrics["fake_loss"] = roles.fake_backward(samples, text, other)
             with roles.clock("fake"):
                 fake_optimizer.step(index, run.accelerator)
-        run.metrics.update(metrics, gradient_norm=norm, skipped=float(not fine))
+        calls = config.batch * len(times) * (1 + (updates if config.fake_rollouts == "fresh" else 0))
+        run.metrics.update(metrics, gradient_norm=norm, skipped=float(not fine), calls=calls)
         run.metrics.update({f"cpu_{part}": seconds for part, seconds in roles.cpu.items()})
         yield run.done(index, reference=batch.reference[:8], output=output[:8])
     roles.student.load_state_dict(ema.shadow)

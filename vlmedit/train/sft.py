@@ -30,7 +30,7 @@ def train_sft(config: SFTConfig, accelerator: Accelerator | None = None) -> Iter
         loss.backward()
         norm, fine = optimizer.step(index, run.accelerator)
         ema.update(student, index)
-        run.metrics.update(loss=loss.item(), gradient_norm=norm, skipped=float(not fine))
+        run.metrics.update(loss=loss.item(), gradient_norm=norm, skipped=float(not fine), calls=config.batch)
         yield run.done(index)
     student.load_state_dict(ema.shadow)
     if run.accelerator.is_main_process:

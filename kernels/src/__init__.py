@@ -1,0 +1,24 @@
+"""Fused operations of a real-size update, each a readable torch reference beside a Triton kernel, forward and backward.
+
+    gated_adaln, adaln   the gated residual and the modulation between two branches of a transformer block   (modulation.py)
+    norm_rope            RMS-norm of queries or keys with their 2-D rotary embedding                         (rope.py)
+    dmd_step             DMD's gradient and loss from the three velocities                                   (dmd.py)
+    guided_step          guidance, x0 and the re-noising of a few-step sampler                               (sampler.py)
+
+Each is a torch custom op: autograd, activation checkpointing and torch.compile see one node. CUDA tensors of a supported shape go
+to Triton, everything else to the reference; `backend` overrides that. Nothing in the package calls these by itself: they are for
+real-size models, and `python -m vlmedit.kernels.bench` says on your GPU whether one earns its place.
+
+The folder is `kernels/src` and is imported as `vlmedit.kernels` alone: transformers and diffusers probe for a package `kernels`.
+"""
+
+if __name__ != "vlmedit.kernels":
+    raise ImportError(f"this is vlmedit.kernels, not {__name__}; install the package and import it by that name")
+
+from vlmedit.kernels.dispatch import BACKENDS, backend, interpreting, triton_missing
+from vlmedit.kernels.dmd import dmd_step
+from vlmedit.kernels.modulation import adaln, gated_adaln
+from vlmedit.kernels.rope import norm_rope
+from vlmedit.kernels.sampler import guided_step
+
+__all__ = ["BACKENDS", "adaln", "backend", "dmd_step", "gated_adaln", "guided_step", "interpreting", "norm_rope", "triton_missing"]

@@ -1,0 +1,265 @@
+"""Whether a kernel earns its place on this GPU: time, bandwidth and memory of each at the shapes of real models.
+
+    python -m vlmedit.kernels.bench [--json FILE]
+
+For each operation and shape, forward plus backward in bfloat16: milliseconds of the plain reference, of torch.compile of it and of the
+kernel; the bytes that must move (every input read once, every output and gradient written once, what the backward pass needs read
+again); the kernel's share of the copy bandwidth measured on the same GPU; and the peak memory above the inputs of all three. The rule of
+the suite: a kernel that is neither faster than torch.compile nor smaller is removed, and its numbers stay in the log.
+
+Without a CUDA device nothing is measured and nothing is claimed: the table then holds shapes and bytes alone.
+
+Shapes: Z-Image (width 3840, 30 heads of 128), FLUX and Qwen-Image (3072, 24 heads of 128), 16 latent channels at an eighth of the side, tokens
+of 2 x 2 latents; an editor's sequence holds the reference's tokens too, FLUX's and Qwen-Image's joint sequence text as well. Z-Image's
+own block has RMS-norms and no shift: for `gated_adaln` it stands for its width alone.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from vlmedit.kernels import dmd, modulation, rope, sampler
+from vlmedit.kernels.dispatch import backend, interpreting, tl, triton, triton_missing
+
+DTYPE = torch.bfloat16
+MODELS = {"Z-Image": (3840, 30, 0), "FLUX": (3072, 24, 512), "Qwen-Image": (3072, 24, 512)}  # width, heads, text tokens in the joint sequence
+LATENT_CHANNELS = 16
+REPEATS = 30
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape. `make` draws its inputs on a device; `moved` counts the bytes of forward and backward."""
+
+    operation: str
+    model: str
+    side: int
+    shape: tuple[int, ...]
+    reference: Callable
+    kernel: Callable
+    make: Callable[[str], list[Tensor]]
+    moved: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Milliseconds and MiB; None where there is no GPU."""
+
+    operation: str
+    model: str
+    side: int
+    shape: tuple[int, ...]
+    bytes_moved: int
+    reference_ms: float | None = None
+    compiled_ms: float | None = None
+    kernel_ms: float | None = None
+    share_of_copy: float | None = None
+    reference_mib: float | None = None
+    compiled_mib: float | None = None
+    kernel_mib: float | None = None
+    earns_its_place: bool | None = None
+
+
+def _drawn(device: str, *shapes: tuple, wanted: int) -> list[Tensor]:
+    """Random tensors, the first `wanted` with gradient."""
+    return [torch.randn(*s, device=device, dtype=DTYPE).requires_grad_(i < wanted) for i, s in enumerate(shapes)]
+
+
+def _modulation(model: str, side: int, tokens: int, width: int) -> Case:
+    shape, per = (1, tokens, width), (1, width)
+    size = tokens * width * DTYPE.itemsize
+    # forward: x, branch -> y, h; backward: two cotangents, y, branch -> two gradients
+    return Case("gated_adaln", model, side, shape, modulation.gated_adaln_reference, modulation.gated_adaln, lambda d: _drawn(d, shape, shape, per, per, per, wanted=5), 10 * size)
+
+
+def _rope(model: str, side: int, tokens: int, heads: int, head: int) -> Case:
+    shape = (1, tokens, heads, head)  # as the projection gives it
+    size = tokens * heads * head * DTYPE.itemsize
+
+    def make(device: str) -> list[Tensor]:
+        angle = torch.randn(tokens, head // 2, device=device)
+        return [*_drawn(device, shape, (head,), wanted=2), angle.cos(), angle.sin()]
+
+    through = lambda f: lambda x, weight, cos, sin: f(x.transpose(1, 2), weight, cos, sin, interleaved=True)
+    # forward: x -> out; backward: cotangent, x -> gradient; the table in float32, twice
+    return Case("norm_rope", model, side, shape, through(rope.norm_rope_reference), through(rope.norm_rope), make, 5 * size + 2 * tokens * head * 4)
+
+
+def _latents(side: int) -> tuple[Case, Case]:
+    shape = (1, LATENT_CHANNELS, side // 8, side // 8)
+    size = LATENT_CHANNELS * (side // 8) ** 2 * DTYPE.itemsize
+
+    def scores(device: str) -> list[Tensor]:
+        x, eps, cond, uncond, fake = _drawn(device, *[shape] * 5, wanted=1)
+        return [x, eps, torch.full((1,), 0.5, device=device, dtype=DTYPE), cond, uncond, fake]
+
+    def step(device: str) -> list[Tensor]:
+        times = [torch.full((1,), v, device=device, dtype=DTYPE) for v in (0.75, 0.5)]
+        return [*_drawn(device, *[shape] * 4, wanted=2), *times]
+
+    loss = lambda f: lambda *a: f(*a, guidance=3.5)[0]
+    guided = lambda f: lambda *a: f(*a, guidance=3.5)
+    return (
+        # errors: x, eps, cond, uncond; gradient: cond, uncond, fake -> gradient; backward: gradient -> gradient
+        Case("dmd_step", "16 channels", side, shape, loss(dmd.dmd_step_reference), loss(dmd.dmd_step), scores, 10 * size),
+        # forward: x, cond, uncond, noise -> x'; backward: cotangent -> gradients of x and cond
+        Case("guided_step", "16 channels", side, shape, guided(sampler.guided_step_reference), guided(sampler.guided_step), step, 8 * size),
+    )
+
+
+def cases() -> Iterator[Case]:
+    for side in (512, 1024):
+        for model, (width, heads, text) in MODELS.items():
+            tokens = 2 * (side // 16) ** 2  # the target's and the reference's
+            yield _modulation(model, side, tokens, width)
+            yield _rope(model, side, tokens + text, heads, width // heads)
+        yield from _latents(side)
+
+
+def _update(function: Callable, arguments: list[Tensor]) -> Callable[[], None]:
+    """One forward and backward pass, cotangents drawn once."""
+    leaves = [a for a in arguments if a.requires_grad]
+    live = lambda found: [f for f in (found if isinstance(found, tuple) else (found,)) if f.requires_grad]
+    cotangents = [torch.randn_like(f) for f in live(function(*arguments))]
+    return lambda: torch.autograd.grad(live(function(*arguments)), leaves, cotangents)
+
+
+def _measure(function: Callable, arguments: list[Tensor]) -> tuple[float, float]:
+    """Median milliseconds of an update, its inputs evicted from the cache before each, and peak MiB above what it starts with."""
+    update = _update(function, arguments)
+    for _ in range(5):
+        update()
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    times = []
+    for _ in range(REPEATS):
+        flush.zero_()
+        torch.cuda._sleep(1_000_000)  # so that the launches are queued before the clock starts
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        update()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    del flush
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    update()
+    torch.cuda.synchronize()
+    return statistics.median(times), (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a copy of 1 GiB, read and write counted."""
+    source = torch.empty(2**30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return 2 * 2**30 / (statistics.median(times) / 1e3)
+
+
+def why_not() -> str:
+    """Why nothing can be measured here; empty when it can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if why := triton_missing():
+        return why
+    return "TRITON_INTERPRET=1 is set, and the interpreter's times mean nothing; unset it" if interpreting() else ""
+
+
+def run(bandwidth: float | None) -> Iterator[Row]:
+    """A row per case; with times where a copy's bandwidth (bytes per second) is given."""
+    for case in cases():
+        head = (case.operation, case.model, case.side, case.shape, case.moved)
+        if bandwidth is None:
+            yield Row(*head)
+            continue
+        arguments = case.make("cuda")
+        torch._dynamo.reset()
+        reference_ms, reference_mib = _measure(case.reference, arguments)
+        compiled_ms, compiled_mib = _measure(torch.compile(case.reference), arguments)
+        with backend("triton"):
+            kernel_ms, kernel_mib = _measure(case.kernel, arguments)
+        share = case.moved / (kernel_ms / 1e3) / bandwidth
+        earns = kernel_ms < compiled_ms or kernel_mib < 0.95 * compiled_mib
+        yield Row(*head, reference_ms, compiled_ms, kernel_ms, share, reference_mib, compiled_mib, kernel_mib, earns)
+
+
+def line(row: Row) -> str:
+    cell = lambda v, digits: f"{'-':>9}" if v is None else f"{v:>9.{digits}f}"
+    numbers = [cell(v, 3) for v in (row.reference_ms, row.compiled_ms, row.kernel_ms)]
+    numbers += [cell(row.share_of_copy, 2), *(cell(v, 1) for v in (row.reference_mib, row.compiled_mib, row.kernel_mib))]
+    shape = "x".join(map(str, row.shape))
+    verdict = {True: "yes", False: "no", None: "-"}[row.earns_its_place]
+    return f"{row.operation:<12}{row.model:<12}{row.side:>5}  {shape:<16}{row.bytes_moved / 2**20:>9.1f}{''.join(numbers)}  {verdict}"
+
+
+HEAD = f"{'operation':<12}{'model':<12}{'side':>5}  {'shape':<16}{'MiB moved':>9}{'plain ms':>9}{'compiled':>9}{'kernel':>9}{'of copy':>9}{'plain MiB':>9}{'compiled':>9}{'kernel':>9}  earns"
+
+
+def compiled(capabilities: tuple[int, ...] = (90,)) -> Iterator[tuple[str, str, int, int]]:
+    """Compile every kernel for bfloat16 without running it: (module, kernel, compute capability, bytes of machine code). Needs no GPU, but triton
+    imported for compiling. Raises what the compiler raises."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    numbers = {"eps": "fp32", "guidance": "fp32", "floor": "fp32", "largest": "fp32"}
+    statistics_of = {"mean", "rstd", "error", "parts", "part_gate", "part_scale", "part_shift"}
+    pictures = {"x", "branch", "gate", "scale", "shift", "y", "h", "grad", "grad_y", "grad_h", "grad_x", "grad_branch", "weight", "cos", "sin", "out"}
+    pictures |= {"cond", "uncond", "fake", "t", "s", "noise", "gradient", "to_x", "to_cond", "to_uncond", "to_noise"}
+    yes_no = lambda name, **fixed: [{name: flag, **fixed} for flag in (True, False)]
+    block = {"BLOCK": 1024}
+    variants = {
+        (modulation, "_forward"): yes_no("GATED", BLOCK=4096), (modulation, "_backward"): yes_no("GATED", BLOCK=4096),
+        (rope, "_forward"): yes_no("INTERLEAVED", ROWS=16, PAIRS=64), (rope, "_backward"): yes_no("INTERLEAVED", ROWS=16, PAIRS=64),
+        (dmd, "_errors"): yes_no("GUIDED", **block), (dmd, "_by_sample"): yes_no("GUIDED", **block),
+        (dmd, "_by_pixel"): yes_no("GUIDED", CHANNELS=16, PIXELS=128), (sampler, "_forward"): yes_no("GUIDED", **block),
+        (sampler, "_backward"): yes_no("NOISE", X=True, COND=True, UNCOND=True, **block),
+    }  # fmt: skip
+    for (module, name), choices in variants.items():
+        kernel = getattr(module, name)
+        for fixed in choices:
+            signature = {}
+            for p in kernel.arg_names:
+                noise_of_dmd = p == "eps" and module is dmd
+                pointer = "*fp32" if p in statistics_of else "*bf16" if p in pictures or noise_of_dmd else ""
+                signature[p] = "constexpr" if p.isupper() else pointer or numbers.get(p, "i32")
+            for capability in capabilities:
+                source = ASTSource(kernel, signature, {**fixed, "ACC": tl.float32})
+                made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+                yield module.__name__.rpartition(".")[2], name, capability, len(made.asm["cubin"])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m vlmedit.kernels.bench", description="Time, bandwidth and memory of every fused operation at real models' shapes.")
+    parser.add_argument("--json", metavar="FILE", help="write device, bandwidth and rows there as well")
+    options = parser.parse_args(arguments)
+    if options.json and not os.path.isdir(os.path.dirname(os.path.abspath(options.json))):
+        parser.error(f"--json {options.json}: its folder does not exist; make it first")
+    why = why_not()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    bandwidth = None if why else copy_bandwidth()
+    print(f"{device}, torch {torch.__version__}, a copy moves {bandwidth / 1e9:.0f} GB/s" if not why else f"Nothing is measured, so nothing is claimed: {why}. Shapes and bytes that must move, in bfloat16:")
+    print(HEAD)
+    rows = []
+    for row in run(bandwidth):
+        rows.append(row)
+        print(line(row), flush=True)
+    report = {"measured": not why, "reason": why, "device": device, "torch": torch.__version__, "copy_bytes_per_second": bandwidth, "rows": [asdict(r) for r in rows]}
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

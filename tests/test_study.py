@@ -1,0 +1,311 @@
+"""Studies: equal updates for every arm, what is shared and what is repeated, tables that are means, failures that stop nothing."""
+
+import importlib.util
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import SIDE, tiny_dit, tiny_judge
+
+from vlmedit import study
+from vlmedit.cli import main
+from vlmedit.data import held_out
+from vlmedit.evaluate import ask_judge, edit_examples
+from vlmedit.pictures import InputError
+from vlmedit.train.config import ConfigError
+from vlmedit.train.npedit import train_npedit
+from vlmedit.world.edits import EDIT_TYPES
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("teacher", "student")):
+        tiny_dit(seed).save_pretrained(folder / name)
+    tiny_judge(3).save_pretrained(folder / "judge")
+    return {name: str(folder / name) for name in ("teacher", "student", "judge")}
+
+
+@pytest.fixture
+def make(models, tmp_path):
+    """A smoke plan on tiny models."""
+
+    def made(name, arms=(), seeds=(0,), out="out", runs="runs", **overrides):
+        return study.plan(name, "smoke", seeds, arms, overrides=models | {"side": SIDE, "precision": "no"} | overrides, out=tmp_path / out, runs=tmp_path / runs)
+
+    return made
+
+
+def done(plan, **options) -> list[tuple[dict, bool]]:
+    return list(study.run(plan, **options))
+
+
+# --- what is planned
+
+
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_every_arm_makes_the_same_number_of_student_updates(name, make):
+    """Over all its trainings of a student, at a number that halves: 7 and 8 updates would not be equal. Judges are counted apart."""
+    plan = study.plan(name, "laptop", (0,), updates=40, overrides={k: v for k, v in make(name).models.items()} | ({"side": SIDE}), out="x", runs="y")
+    for arm in plan.arms:
+        tasks = study.prepare(plan, arm, 0)
+        assert sum(t.config.steps for t in tasks if t.stage != "judge") == (40 if tasks else 0), arm
+        assert {t.config.batch for t in tasks if t.stage != "judge"} <= {32}
+    assert not Path("x").exists() and not Path("y").exists()
+
+
+def test_each_training_starts_from_the_one_before(make):
+    plan = make("rl")
+    first, second = study.prepare(plan, "SFT + Flow-GRPO", 0)
+    assert first.config.student == plan.models["student"] and second.config.student == str(Path(first.config.out) / "model")
+    assert study.prepare(plan, "SFT + NP-Edit", 0)[0] == first  # trained once for both arms
+    schooled, taught = study.prepare(make("judge_size"), "small", 0)
+    assert (schooled.stage, schooled.config.size, taught.config.judge) == ("judge", "small", str(Path(schooled.config.out) / "model"))
+    assert study.prepare(make("judge_size"), "shipped", 0)[0].config.judge == plan.models["judge"]
+
+
+def test_shares_of_the_requests_are_counted(make):
+    plan = study.plan("data", "laptop", updates=50, overrides=make("data").models | {"side": SIDE}, out="x", runs="y")
+    assert [study.prepare(plan, arm, 0)[0].config.pool for arm in ("1 %", "50 %", "100 %")] == [16, 800, 1600]
+
+
+def test_overrides_reach_their_stages_and_no_further(make, models):
+    """A bare name goes to every stage that has it, STAGE.NAME to one, and what the arm itself says stays."""
+    plan = make("rl", lr=0.5, **{"sft.lr": 0.25, "judge_weight": 0.3})
+    sft, grpo = study.prepare(plan, "SFT + Flow-GRPO", 0)
+    (edit,) = study.prepare(plan, "NP-Edit", 0)
+    assert (sft.config.lr, grpo.config.lr, edit.config.lr, edit.config.judge_weight) == (0.25, 0.5, 0.5, 0.3)
+    (silent,) = study.prepare(make("objective", judge_weight=0.3), "DMD only", 0)
+    assert silent.config.judge_weight == 0
+    other = make("rl", student=models["teacher"])
+    assert [t.config.student for t in study.prepare(other, "SFT + NP-Edit", 0)][0] == models["teacher"]
+
+
+def test_a_training_s_name_is_what_makes_it(make, models, tmp_path):
+    """Seed, settings and starting weights change it; where it is written, and other arms and studies, do not."""
+    key = lambda plan, arm="full", seed=0: study.prepare(plan, arm, seed)[0].key
+    same = key(make("objective"))
+    assert key(make("objective", runs="elsewhere")) == same == key(make("steps"), "NP-Edit") == key(make("unroll"), "mixed")
+    other = tmp_path / "other"
+    shutil.copytree(models["student"], other)
+    assert key(make("objective", student=str(other))) == same
+    tiny_dit(9).save_pretrained(other)
+    keys = {same, key(make("objective"), seed=1), key(make("objective", lr=0.5)), key(make("objective"), "judge only"), key(make("objective", student=str(other)))}
+    assert len(keys) == 5
+
+
+BAD = {
+    "study": (dict(name="objectiv"), "unknown study 'objectiv' .nearest: objective.; known: objective, matching"),
+    "arm": (dict(arms=("ful",)), "unknown arm 'ful' of study 'objective' .nearest: full.; known: full, DMD only"),
+    "override": (dict(overrides={"judge_wieght": 1}), "unknown override 'judge_wieght' of study 'objective' .nearest: judge_weight.(.|\n)*known: .*answer_loss"),
+    "of another stage": (dict(overrides={"grpo.lr": 1}), "unknown override 'grpo.lr'"),
+    "the seed as a setting": (dict(overrides={"seed": 1}), "unknown override 'seed'"),
+    "seed": (dict(seeds=("x",)), "seed is 'x'; it must be a whole number"),
+    "no seeds": (dict(seeds=()), "no seeds given"),
+    "updates": (dict(updates=0), "updates is 0; it must be at least 1"),
+    "tier": (dict(tier="laptpo"), "unknown tier 'laptpo'; known: smoke, laptop, gpu"),
+    "model": (dict(overrides={"student": "nowhere"}), "student is 'nowhere', no folder with a model\ntrain one"),
+    "side": (dict(overrides={"side": 32}), "side is 32, and the student in .* is made for 16; pass --set side=16"),
+    "value": (dict(overrides={"side": SIDE, "lr": -1.0}), "lr is -1.0; it must be positive"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_used_is_named_before_any_work(name, models, tmp_path):
+    given, message = BAD[name]
+    overrides = models | {"side": SIDE} | given.get("overrides", {})
+    settings = dict(name="objective", tier="smoke", out=tmp_path / "out", runs=tmp_path / "runs") | given | {"overrides": overrides}
+    with pytest.raises((InputError, ConfigError), match=message):
+        study.plan(**settings)
+    assert not list(tmp_path.iterdir())
+
+
+# --- what is run
+
+
+def test_a_study_trains_measures_and_writes_its_table(make, tmp_path):
+    """Two arms and seeds: means and standard errors recomputed from the CSV, calls counted by hand, a plot; asked again, all is there
+    already; a third seed adds its cells alone."""
+    plan = make("objective", ("full", "judge only"), (0, 1))
+    records = done(plan)
+    assert [(c["arm"], c["seed"], c["ok"], known) for c, known in records] == [(a, s, True, False) for s in (0, 1) for a in ("full", "judge only")]
+    result = study.write_tables(plan)
+    table = pandas.read_csv(tmp_path / "out" / "table.csv")
+    assert len(table) == 4 and set(table["arm"]) == {"full", "judge only"} and (table["n"] == 8).all()
+    for row in result["arms"]:
+        mine = table[table["arm"] == row["arm"]]
+        assert row["seeds"] == [0, 1] and row["updates"] == 2
+        for key in ("success", "kept", "keep_psnr", "manifold_psnr", "hacking_gap"):
+            assert row[key] == pytest.approx(mine[key].mean()) and row[f"{key}_se"] == pytest.approx(mine[key].std() / 2**0.5)
+    for cell, _ in records:
+        steps = cell["trainings"][0]["config"]
+        straight = list(train_npedit(study.STAGES["npedit"][0](**{**steps, "out": str(tmp_path / f"check-{cell['arm']}-{cell['seed']}"), "betas": tuple(steps["betas"])})))
+        assert cell["calls"] == sum(s.metrics["calls"] for s in straight) > 0 and cell["cpu_seconds"] > 0
+    assert result["failed"] == [] and json.loads((tmp_path / "out" / "table.json").read_text()) == result
+    with Image.open(tmp_path / "out" / "plot.png") as plot:
+        assert plot.width > 600
+    assert not list((tmp_path / "runs").rglob("checkpoint")) and len(list((tmp_path / "runs").iterdir())) == 4
+    assert study.read("objective", tmp_path / "out") == result
+    more = done(make("objective", ("full", "judge only"), (0, 1, 2)))
+    assert [known for _, known in more].count(True) == 4 and {c["seed"] for c, known in more if not known} == {2}
+
+
+def test_a_training_is_made_once_for_all_studies(make, monkeypatch):
+    """"steps" uses the student of "objective", four ways, without another update; its rows differ by steps alone."""
+    done(make("objective", ("full",)))
+    monkeypatch.setitem(study.STAGES, "npedit", (study.STAGES["npedit"][0], None))  # calling it would raise
+    plan = make("steps", ("NP-Edit",), out="steps")
+    ((cell, known),) = done(plan)
+    assert cell["ok"] and not known and list(cell["ways"]) == ["1 step", "2 steps", "4 steps", "8 steps"]
+    rows = study.rows_of(cell)
+    assert [r["arm"] for r in rows] == [f"NP-Edit, {way}" for way in cell["ways"]] and [r["calls_per_edit"] for r in rows] == [1, 2, 4, 8]
+    assert len({r["manifold_psnr"] for r in rows}) == 4
+
+
+def test_an_interrupted_study_goes_on_where_it_was(make, tmp_path):
+    """Stopped while its second update is made, it ends in the straight run's weights, and what was spent before is counted."""
+
+    def stop(what, step):
+        assert what == "npedit, seed 0"
+        if step.index == 2:
+            raise KeyboardInterrupt
+
+    straight = make("objective", ("full",), runs="straight", out="a")
+    done(straight)
+    plan = make("objective", ("full",), runs="stopped", out="b")
+    with pytest.raises(KeyboardInterrupt):
+        done(plan, watch=stop)
+    (folder,) = (tmp_path / "stopped").iterdir()
+    before = json.loads((folder / "cost.json").read_text())
+    assert (folder / "checkpoint").is_dir() and not before["done"] and before["calls"] > 0
+    ((cell, known),) = done(plan)
+    assert cell["ok"] and not known and cell["calls"] > before["calls"] and cell["cpu_seconds"] > before["cpu_seconds"]
+    a, b = (load_file(tmp_path / runs / folder.name / "model" / "diffusion_pytorch_model.safetensors") for runs in ("straight", "stopped"))
+    assert all((a[k] == b[k]).all() for k in a)
+
+
+def test_a_failed_arm_stops_nothing_and_is_tried_again(make, models, monkeypatch, tmp_path, capsys):
+    """By the command line: exit code 1, the others in the table, the error in the report; once mended, only it is run, exit code 0."""
+    config_class, loop = study.STAGES["npedit"]
+
+    def fails(config):
+        if config.dmd_weight == 0:
+            raise RuntimeError("out of luck")
+        yield from loop(config)
+
+    pairs = [f"{k}={v}" for k, v in (models | {"side": SIDE, "precision": "no"}).items()]
+    command = ["study", "objective", "--tier", "smoke", "--arms", "judge only,full", "--seeds", "0", "--set", *pairs]
+    command += ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--json", str(tmp_path / "all.json")]
+    monkeypatch.setitem(study.STAGES, "npedit", (config_class, fails))
+    assert main(command) == 1
+    said = capsys.readouterr()
+    assert "judge only, seed 0: failed: RuntimeError: out of luck" in said.err and "full: success" in said.out
+    result = json.loads((tmp_path / "all.json").read_text())
+    assert result["failed"] == [{"arm": "judge only", "seed": 0, "error": "RuntimeError: out of luck"}] and [a["arm"] for a in result["arms"]] == ["full"]
+    monkeypatch.setitem(study.STAGES, "npedit", (config_class, loop))
+    assert main(command) == 0
+    assert "full, seed 0: 4 steps" in (err := capsys.readouterr().err) and "(there already)" in err
+    result = json.loads((tmp_path / "all.json").read_text())
+    assert result["failed"] == [] and [a["arm"] for a in result["arms"]] == ["full", "judge only"]
+
+
+def test_processes_agree_with_one(make):
+    """Two jobs, two cells that share their first training: the same figures as in this process."""
+    arms = ("SFT + NP-Edit", "SFT + Flow-GRPO")
+    alone = {c["arm"]: c for c, _ in done(make("rl", arms, out="a", runs="a-runs"))}
+    for cell, known in done(make("rl", arms, out="b", runs="b-runs"), jobs=2):
+        other = alone[cell["arm"]]
+        assert cell["ok"] and other["ok"] and not known and cell["calls"] == other["calls"], cell.get("error")
+        figures = lambda c: {k: v for k, v in c["ways"]["4 steps"].items() if "seconds" not in k}
+        assert figures(cell) == figures(other)
+
+
+def die(plan, arm, seed, threads):
+    os._exit(9)
+
+
+def test_a_process_that_dies_is_a_failed_cell(make, monkeypatch):
+    monkeypatch.setattr(study, "_process", die)
+    ((cell, _),) = done(make("objective", ("full",)), jobs=2)
+    assert not cell["ok"] and cell["error"] == "its process died with exit code 9"
+
+
+def test_the_teacher_alone_needs_no_training(models, tmp_path):
+    """An arm without trainings uses the teacher; its seeds differ by noise, its calls are counted."""
+    plan = study.plan("training_free", "smoke", (0, 1), ("SDEdit", "inversion"), overrides=models, out=tmp_path / "out", runs=tmp_path / "runs")
+    cells = [c for c, _ in done(plan)]
+    assert all(c["ok"] and c["calls"] == 0 and c["cpu_seconds"] == 0 for c in cells), cells
+    assert not (tmp_path / "runs").exists()
+    way = lambda arm, seed, name: next(c for c in cells if (c["arm"], c["seed"]) == (arm, seed))["ways"][name]
+    assert way("SDEdit", 0, "from 0.6")["keep_psnr"] != way("SDEdit", 1, "from 0.6")["keep_psnr"]
+    assert way("SDEdit", 0, "from 0.6")["calls_per_edit"] == 30 and way("inversion", 0, "back to 0.8")["calls_per_edit"] == 75
+    assert len(study.write_tables(plan)["arms"]) == 6
+
+
+def test_the_judge_s_choice_among_samples_pleases_it_more(models):
+    """Best of four: more P(yes) by the mean of the two answers' logarithms than plain sampling of the same requests, four times the
+    calls; one particle asks no judge; several without a judge are refused."""
+    student, judge, examples = tiny_dit(1), tiny_judge(3), held_out(16, 0, EDIT_TYPES)
+    pleased = lambda **given: ask_judge(judge, examples, *edit_examples(student, examples, **given)).log().mean().item()
+    plain = pleased()
+    for strength in (0.0, 1.0):
+        assert pleased(judge=judge, particles=4, strength=strength) > plain
+    assert study.use(student, judge, 8, 0, 1.0, study.WAYS["FK of 4"])["calls_per_edit"] == 16
+    assert torch.equal(edit_examples(student, examples)[1], edit_examples(student, examples, particles=1, strength=1.0)[1])
+    with pytest.raises(ValueError, match="particles is 4, and no judge chooses among them"):
+        edit_examples(student, examples, particles=4)
+
+
+# --- the table's arithmetic and the scripts that use it
+
+
+def test_one_seed_has_the_binomial_error_of_success_alone():
+    row = {"arm": "a", "seed": 0, "updates": 2, "n": 100, "calls": 5, "success": 0.2, "kept": 0.5}
+    (entry,) = study.summarize([row])
+    assert entry["success_se"] == pytest.approx((0.2 * 0.8 / 100) ** 0.5) and "kept_se" not in entry and entry["calls"] == 5
+
+
+def test_the_list_names_every_study_and_arm(capsys, tmp_path):
+    assert main(["study", "list", "--json", str(tmp_path / "list.json")]) == 0
+    said, listed = capsys.readouterr().out, json.loads((tmp_path / "list.json").read_text())
+    assert {k: v["arms"] for k, v in listed.items()} == {k: list(s.arms) for k, s in study.STUDIES.items()}
+    assert all(name in said for s in study.STUDIES.values() for name in s.arms)
+    assert not any("," in name for s in study.STUDIES.values() for name in s.arms)  # --arms splits there
+
+
+@pytest.mark.parametrize("words, message", ((["studdy"], "unknown study 'studdy'"), (["objective", "--jobs", "0"], "--jobs is 0"), (["objective", "--set", "lr"], "--set lr: write key=value")))
+def test_the_command_refuses_with_one_message(words, message, capsys, tmp_path):
+    assert main(["study", *words, "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_study_that_was_not_run_says_how(tmp_path):
+    with pytest.raises(InputError, match="study 'unroll' has not been run; run it: vlmedit study unroll"):
+        study.read("unroll", tmp_path)
+
+
+def test_the_papers_arms_are_the_study_s(make, monkeypatch, tmp_path):
+    """`papers/measure.py arms` runs the cells of the objective study that its file lacks, and writes their figures."""
+    spec = importlib.util.spec_from_file_location("measure", Path(__file__).parent.parent / "papers" / "measure.py")
+    measure = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(measure)
+    monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
+    asked = []
+    planned = lambda name, **given: asked.append((name, given)) or make(name, given["arms"], given["seeds"])
+    monkeypatch.setattr(measure, "study", SimpleNamespace(**{**vars(study), "plan": planned}))
+    measure.write("arms", {"DMD only/2/0": {"cpu_seconds": 1.0}})
+    args = SimpleNamespace(seeds=[0], arms=["full", "DMD only", "paired SFT"], updates=2, n=8, out=str(tmp_path / "runs"))
+    measure.measure_arms(args)
+    figures = measure.read("arms")
+    assert asked[0][0] == "objective" and asked[0][1]["arms"] == ["full", "paired SFT"] and len(asked) == 1
+    assert list(figures) == ["DMD only/2/0", "full/2/0", "paired SFT/2/0"]
+    assert figures["paired SFT/2/0"]["30 steps"]["sampler"] == "euler" and figures["full/2/0"]["4 steps"]["n"] == 8
+    measure.measure_arms(args)
+    assert len(asked) == 1

@@ -1,0 +1,370 @@
+"""Real vision-language models as judges behind one `logit_margin(images, question)`, differentiable in the pixels.
+
+A question is about one or two pictures; a batch may mix both. Every picture goes through the vision tower once, however many questions
+ask about it, and a reference without gradient leaves no graph. The language model runs once for all rows, padded on the right; of its
+states only the last of each row meets the output layer, and of that layer only two rows: margin = h . (w_yes - w_no). A forward over all
+positions and words would make (N, L, 150,000) logits for two numbers.
+
+Preprocessing is each checkpoint's own, in torch: sizes, means and deviations come from its preprocessor_config.json; pictures are resized
+bicubic with antialiasing, as the processors do (they round to 8 bits on the way, so parity holds to about 1/255). Families:
+
+| class                                  | a picture becomes                                                    | tokens                          |
+|----------------------------------------|----------------------------------------------------------------------|---------------------------------|
+| Qwen2_5_VLForConditionalGeneration     | its own aspect ratio, sides multiples of patch x merge               | height x width / (patch merge)^2 |
+| Qwen3VLForConditionalGeneration        | the same                                                             | the same                        |
+| LlavaOnevisionForConditionalGeneration | padded to a square; one base crop, as prompts of several images have | (side / patch)^2 + 1            |
+| InternVLForConditionalGeneration       | squeezed to a square, one tile                                       | (side / patch)^2 / 4            |
+
+Shapes: a picture (3, H, W) in [-1, 1]; margin (N,). Deviates: LLaVA-OneVision's single-image prompts would add high-resolution crops.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from vlmedit.judging import clamp_through
+from vlmedit.real.requests import Book
+
+Question = Sequence[str] | Tensor  # texts, or numbers (N, 1) in the judge's book
+
+
+def resize(picture: Tensor, height: int, width: int) -> Tensor:
+    """(3, H, W) in [-1, 1] to the given size; saturated pixels keep their gradient."""
+    x = clamp_through(picture.float())
+    if picture.shape[-2:] != (height, width):
+        x = clamp_through(F.interpolate(x[None], size=(height, width), mode="bicubic", antialias=True)[0])
+    return x
+
+
+def fitting_size(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
+    """Sides that are multiples of `factor`, of nearly the same ratio, with between `least` and `most` pixels (Qwen-VL's rule)."""
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    if h * w > most:
+        shrink = math.sqrt(height * width / most)
+        h, w = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif h * w < least:
+        grow = math.sqrt(least / (height * width))
+        h, w = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return h, w
+
+
+def answer_token(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
+    """The id of an answer that is one token. Raises ValueError where it is not."""
+    ids = tokenizer.encode(word, add_special_tokens=False)
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise ValueError(
+            f"{tokenizer.name_or_path or type(tokenizer).__name__} writes {word!r} as {len(ids)} tokens {ids}; the margin needs one token per answer: "
+            "pass answers=(yes, no) that are single tokens of this tokenizer"
+        )
+    return ids[0]
+
+
+def two_row_margin(states: Tensor, lengths: Tensor, weight: Tensor, yes: int, no: int) -> Tensor:
+    """logit(yes) - logit(no) (N,) after right-padded rows: states (N, L, d), their lengths (N,), output layer (V, d)."""
+    last = states[torch.arange(len(states), device=states.device), lengths - 1]
+    return last.float() @ (weight[yes].float() - weight[no].float())
+
+
+def recompute(model: PreTrainedModel, on: bool = True) -> None:
+    """Turn the recomputation of a transformers model's blocks on or off (the method was renamed within version 5). It acts in training
+    mode only."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()
+
+
+class Judge(nn.Module):
+    """A frozen vision-language model with its tokenizer, its preprocessing and a book of questions.
+
+    `checkpointing` recomputes blocks in the backward pass. transformers does so in training mode only, so the model is then kept there,
+    with every dropout at 0.
+    """
+
+    image_token = ""  # stands once for each visual token in the prompt
+    before, after = "", ""  # around the visual tokens of a picture
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict, book: Book | None = None, answers=("Yes", "No"), checkpointing: bool = False):
+        super().__init__()
+        self.tokenizer, self.settings, self.book, self.checkpointing = tokenizer, settings, book or Book(), checkpointing
+        self.config = model.config
+        self.config.yes_token_id, self.config.no_token_id = (answer_token(tokenizer, word) for word in answers)
+        if self.config.yes_token_id == self.config.no_token_id:
+            raise ValueError(f"both answers {answers} are token {self.config.yes_token_id}; pass two different ones")
+        if checkpointing:
+            recompute(model)
+            for module in model.modules():
+                for name in ("dropout", "attention_dropout", "p"):
+                    if isinstance(getattr(module, name, None), float):
+                        setattr(module, name, 0.0)
+        self.model = model.requires_grad_(False)
+        column = lambda key: torch.tensor(self.setting(key), dtype=torch.float32).view(3, 1, 1)
+        self.register_buffer("mean", column("image_mean"), persistent=False)
+        self.register_buffer("std", column("image_std"), persistent=False)
+        self.eval()
+
+    def setting(self, key: str):
+        if key not in self.settings:
+            raise ValueError(f"the judge's preprocessor settings lack {key!r}; they come from its preprocessor_config.json, class defaults are other models'")
+        return self.settings[key]
+
+    def train(self, mode: bool = True) -> Judge:
+        super().train(mode)
+        if self.checkpointing:
+            self.model.train()
+        return self
+
+    def normalize(self, picture: Tensor) -> Tensor:
+        return ((picture + 1) / 2 - self.mean) / self.std
+
+    # per family
+
+    def prepare(self, picture: Tensor) -> Tensor:
+        """What the vision tower takes of one picture, differentiable."""
+        raise NotImplementedError
+
+    def tokens(self, picture: Tensor) -> int:
+        """Visual tokens of a picture of this size."""
+        raise NotImplementedError
+
+    def encode(self, pictures: Sequence[Tensor]) -> list[SimpleNamespace]:
+        """Visual tokens `pooler_output` (n, d) of each picture, and what else its family passes on."""
+        raise NotImplementedError
+
+    def gather(self, seen: list[SimpleNamespace]) -> SimpleNamespace:
+        """The features of a batch's pictures, in reading order, as the family's forward takes them."""
+        return SimpleNamespace(pooler_output=[s.pooler_output for s in seen])
+
+    def extras(self, ids: Tensor, pictures: Sequence[Tensor]) -> dict:
+        """Further arguments of the family's forward."""
+        return {}
+
+    # common
+
+    def look(self, pictures: Sequence[Tensor]) -> list[SimpleNamespace]:
+        """Features of each picture: those without gradient in one pass, those with one in another."""
+        out: list[SimpleNamespace | None] = [None] * len(pictures)
+        for wants in (False, True):
+            rows = [i for i, p in enumerate(pictures) if p.requires_grad == wants]
+            for i, features in zip(rows, self.encode([pictures[i] for i in rows]) if rows else ()):
+                out[i] = features
+        return out
+
+    def prompt(self, question: str, pictures: Sequence[Tensor]) -> str:
+        """The chat up to the answer, by the checkpoint's own template where it has one; each picture as many tokens as it has."""
+        if self.tokenizer.chat_template:
+            content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
+            text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        else:
+            text = self.plain(question, len(pictures))
+        parts = text.split(self.image_token)
+        if len(parts) != len(pictures) + 1:
+            raise ValueError(f"the prompt shows {len(parts) - 1} pictures by {self.image_token!r}, there are {len(pictures)}: {text[:80]!r}")
+        return parts[0] + "".join(self.image_token * self.tokens(p) + part for p, part in zip(pictures, parts[1:]))
+
+    def plain(self, question: str, count: int) -> str:
+        seen = f"{self.before}{self.image_token}{self.after}" * count
+        return f"{self.system}<|im_start|>user\n{seen}{question}<|im_end|>\n<|im_start|>assistant\n"
+
+    def states(self, images: Sequence[Sequence[Tensor]], question: Question) -> tuple[Tensor, Tensor]:
+        """The language model's states (N, L, d) and each row's length (N,): the last one within it predicts the answer."""
+        questions = self.book.look_up(question) if isinstance(question, Tensor) else list(question)
+        if len(questions) != len(images):
+            raise ValueError(f"{len(questions)} questions about {len(images)} sets of pictures; there must be one each")
+        if any(not 1 <= len(row) <= 2 for row in images):
+            raise ValueError(f"a question is about one or two pictures, got {[len(row) for row in images]}")
+        unique = {id(p): p for row in images for p in row}
+        seen = dict(zip(unique, self.look(list(unique.values()))))
+        ids = [torch.tensor(self.tokenizer.encode(self.prompt(q, row), add_special_tokens=False)) for q, row in zip(questions, images)]
+        device = self.mean.device
+        lengths = torch.tensor([len(i) for i in ids], device=device)
+        padded = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id or 0).to(device)
+        mask = (torch.arange(padded.shape[1], device=device) < lengths[:, None]).long()
+        pictures = [p for row in images for p in row]
+        features = self.gather([seen[id(p)] for p in pictures])
+        out = self.model.model(input_ids=padded, attention_mask=mask, mm_encoder_outputs={"image": features}, use_cache=False, **self.extras(padded, pictures))
+        return out.last_hidden_state, lengths
+
+    def logit_margin(self, images: Sequence[Sequence[Tensor]], question: Question) -> Tensor:
+        """logit(Yes) - logit(No), (N,), by the two rows of the output layer that matter."""
+        head = self.model.get_output_embeddings().weight
+        return two_row_margin(*self.states(images, question), head, self.config.yes_token_id, self.config.no_token_id)
+
+    def answer_logits(self, images: Sequence[Sequence[Tensor]], question: Question) -> Tensor:
+        """Logits over the vocabulary (N, V) of the answer, for the loss the paper ablates."""
+        states, lengths = self.states(images, question)
+        return self.model.get_output_embeddings()(states[torch.arange(len(states), device=states.device), lengths - 1]).float()
+
+
+class QwenVL(Judge):
+    """Qwen2.5-VL and Qwen3-VL."""
+
+    image_token, before, after = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
+
+    def size(self, picture: Tensor) -> tuple[int, int]:
+        limits = self.setting("size")
+        return fitting_size(*picture.shape[-2:], self.setting("patch_size") * self.setting("merge_size"), limits["shortest_edge"], limits["longest_edge"])
+
+    def prepare(self, picture):
+        """Patches (n, 3 * frames * patch^2), grouped by the squares that are merged; the picture stands in every frame."""
+        height, width = self.size(picture)
+        p, m, frames = (self.setting(k) for k in ("patch_size", "merge_size", "temporal_patch_size"))
+        x = self.normalize(resize(picture, height, width))
+        x = x.reshape(3, height // p // m, m, p, width // p // m, m, p).permute(1, 4, 2, 5, 0, 3, 6)  # (gh, gw, m, m, 3, p, p)
+        return x.unsqueeze(5).expand(*x.shape[:5], frames, p, p).reshape(height // p * (width // p), -1)
+
+    def grid(self, pictures: Sequence[Tensor]) -> Tensor:
+        p = self.setting("patch_size")
+        return torch.tensor([[1, h // p, w // p] for h, w in map(self.size, pictures)], device=self.mean.device)
+
+    def tokens(self, picture):
+        height, width = self.size(picture)
+        return height * width // (self.setting("patch_size") * self.setting("merge_size")) ** 2
+
+    def encode(self, pictures):
+        patches = torch.cat([self.prepare(p) for p in pictures]).to(self.model.dtype)
+        out = self.model.model.get_image_features(patches, self.grid(pictures), return_dict=True)
+        deep = getattr(out, "deepstack_features", ())  # Qwen3-VL: per layer, per picture
+        return [SimpleNamespace(pooler_output=f, deepstack_features=[layer[i] for layer in deep]) for i, f in enumerate(out.pooler_output)]
+
+    def gather(self, seen):
+        out = super().gather(seen)
+        out.deepstack_features = [list(layer) for layer in zip(*(s.deepstack_features for s in seen))]
+        return out
+
+    def extras(self, ids, pictures):
+        return {"image_grid_thw": self.grid(pictures), "mm_token_type_ids": (ids == self.config.image_token_id).int()}
+
+
+class Qwen3VL(QwenVL):
+    system = ""
+
+
+class LlavaOnevision(Judge):
+    image_token, system = "<image>", ""
+
+    def plain(self, question, count):
+        return f"<|im_start|>user {self.image_token * count}\n{question}<|im_end|><|im_start|>assistant\n"
+
+    def prepare(self, picture):
+        """The picture in a square of the mean color, resized (3, S, S)."""
+        height, width = picture.shape[-2:]
+        long = max(height, width)
+        top, left = (long - height) // 2, (long - width) // 2
+        color = (self.mean * 255).floor() / 255 * 2 - 1
+        square = color.expand(3, long, long)
+        inside = F.pad(torch.ones(1, height, width, device=picture.device), (left, long - width - left, top, long - height - top))
+        square = torch.where(inside > 0, F.pad(picture.float(), (left, long - width - left, top, long - height - top)), square)
+        size = self.setting("size")
+        return self.normalize(resize(square, size["height"], size["width"]))
+
+    def tokens(self, picture):
+        vision = self.config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2 + 1
+
+    def encode(self, pictures):
+        x = torch.stack([self.prepare(p) for p in pictures]).to(self.model.dtype)[:, None]
+        sizes = torch.tensor([p.shape[-2:] for p in pictures])
+        out = self.model.model.get_image_features(x, sizes, batch_num_images=torch.tensor([2] * len(x)), return_dict=True)  # 2: no crops
+        return [SimpleNamespace(pooler_output=f) for f in out.pooler_output]
+
+
+class InternVL(Judge):
+    image_token, before, after, system = "<IMG_CONTEXT>", "<img>", "</img>\n", ""
+
+    def prepare(self, picture):
+        size = self.setting("size")
+        return self.normalize(resize(picture, size["height"], size["width"]))
+
+    def tokens(self, picture):
+        vision = self.config.vision_config
+        side, patch = (v if isinstance(v, int) else v[0] for v in (vision.image_size, vision.patch_size))
+        return int((side // patch) ** 2 * self.config.downsample_ratio**2)
+
+    def encode(self, pictures):
+        x = torch.stack([self.prepare(p) for p in pictures]).to(self.model.dtype)
+        return [SimpleNamespace(pooler_output=f) for f in self.model.model.get_image_features(x, return_dict=True).pooler_output]
+
+    def gather(self, seen):
+        return SimpleNamespace(pooler_output=torch.stack([s.pooler_output for s in seen]))
+
+
+class Ensemble(nn.Module):
+    """Several judges as one: the mean of their margins. They share one book of questions."""
+
+    def __init__(self, judges: Sequence[Judge]):
+        super().__init__()
+        if not judges or any(j.book is not judges[0].book for j in judges):
+            raise ValueError(f"an ensemble of {len(judges)} judges needs at least one, and one book for all: pass the same Book to each load_judge")
+        self.judges = nn.ModuleList(judges)
+
+    def logit_margin(self, images: Sequence[Sequence[Tensor]], question: Question) -> Tensor:
+        return torch.stack([j.logit_margin(images, question) for j in self.judges]).mean(0)
+
+
+class Blind(nn.Module):
+    """A judge that is shown gray: what its words alone make it say. A margin that it shares with the seeing judge is no evidence."""
+
+    def __init__(self, judge: Judge):
+        super().__init__()
+        self.judge = judge
+
+    def logit_margin(self, images: Sequence[Sequence[Tensor]], question: Question) -> Tensor:
+        return self.judge.logit_margin([[torch.zeros_like(p) for p in row] for row in images], question)
+
+
+FAMILIES: dict[str, type[Judge]] = {
+    "Qwen2_5_VLForConditionalGeneration": QwenVL,
+    "Qwen3VLForConditionalGeneration": Qwen3VL,
+    "LlavaOnevisionForConditionalGeneration": LlavaOnevision,
+    "InternVLForConditionalGeneration": InternVL,
+}
+
+
+def preprocessor_settings(folder: str | os.PathLike) -> dict:
+    """The image settings of a checkpoint, old layout (preprocessor_config.json) or new (processor_config.json)."""
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        path = cached_file(str(folder), file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+        if path:
+            settings = json.loads(Path(path).read_text())
+            settings = settings.get("image_processor", settings)
+            if "image_mean" in settings:
+                return settings
+    raise FileNotFoundError(f"{folder} has no preprocessor_config.json with image settings; copy it from the checkpoint")
+
+
+def load_judge(folder: str | os.PathLike, book: Book | None = None, answers=("Yes", "No"), checkpointing: bool = False, **kwargs) -> Judge:
+    """The judge of a saved vision-language model; everything small is read and checked before any weight is. `folder` may be an id of
+    the Hub. Code that comes with a checkpoint is not run. Raises ValueError for a class without an adapter or answers that are no
+    single tokens, FileNotFoundError for a folder or an id that does not lead to a model."""
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except OSError as error:
+        raise FileNotFoundError(f"no vision-language model at {folder}: give a folder with config.json and tokenizer.json, or an id of the Hub and a network ({str(error).splitlines()[0]})") from error
+    name = (config.architectures or ["a model without architectures"])[0]
+    if name not in FAMILIES:
+        raise ValueError(f"no adapter for {name}; known: {', '.join(FAMILIES)}")
+    settings = preprocessor_settings(folder)
+    for word in answers:
+        answer_token(tokenizer, word)
+    try:
+        model = getattr(transformers, name).from_pretrained(str(folder), trust_remote_code=False, **kwargs)
+    except OSError as error:
+        raise FileNotFoundError(f"{folder} has a config but not all of its weights; download it again ({str(error).splitlines()[0]})") from error
+    return FAMILIES[name](model, tokenizer, settings, book, answers, checkpointing)
