@@ -35,7 +35,7 @@ solved-test: setup
 
 # needs Chromium, the system's or another one named by VLMEDIT_CHROMIUM; skipped where there is none
 browser-test: setup
-	$(PIP) install --quiet "playwright>=1.50,<2"
+	$(PIP) install --quiet -e ".[browser]" --no-build-isolation
 	$(BIN)/python -m pytest -q -rs -m browser tests/test_browser.py
 
 notebooks: setup

@@ -18,7 +18,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.md")), *sorted((ROOT / "papers").glob("*.md"))]
 name_of = lambda path: path.stem
 
-EXAMPLES = {"03_judge": {"0.8"}, "06_evaluation": {"0.79", "0.76"}}  # made up to explain something, and said to be so; no measurement
+EXAMPLES = {"03_judge": {"0.8"}, "06_evaluation": {"0.79", "0.76"}, "08_real_models": {"80"}}  # made up to explain something, and said to be so; no measurement
 
 UNIT = r"(?:%|percent\b|per cent\b|dB\b|ms\b|[KMG]i?B\b|CPU-seconds\b|CPU-minutes\b|times (?:as|faster|slower|cheaper|more|less|larger|smaller)\b)"
 FIGURE = re.compile(rf"(?<![\w.])([+-]?\d*\.\d+|\d[\d,]*(?=\s?{UNIT}))(\s?(?:%|percent\b|per cent\b))?")
@@ -32,7 +32,7 @@ NO_FIGURE = (
     r"<[^>]+>",
     r"arXiv:\S+",
     r"\*\*Machine time:\*\*.*?(?=\*\*|\Z)",
-    r"(?:[Ss]ections?|[Ee]q(?:uation)?s?\.?|[Ff]ig(?:ure)?s?\.?|[Tt]ables?|[Aa]ppendix|[Nn]otebooks?)\s+[A-Z]?[\d.]+(?:(?:,| and| to)\s+[\d.]+)*",
+    r"(?:[Ss]ec(?:tion)?s?\.?|[Ee]q(?:uation)?s?\.?|[Ff]ig(?:ure)?s?\.?|[Tt]ables?|[Aa]ppendix|[Nn]otebooks?)\s+[A-Z]?[\d.]+(?:(?:,| and| to)\s+[\d.]+)*",
     r"\b95\s?%",  # the level of confidence
     r"(?:Python|PyTorch|torch|CUDA|Triton|diffusers|transformers|version)\s+\d[\d.]*",
     r"\b[A-Za-z][\w-]*\d[\w.-]*",  # names with a number in them, Qwen2.5-VL
