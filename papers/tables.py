@@ -85,12 +85,15 @@ def other_table() -> str:
     return table(["", "aim", "here"], rows)
 
 
-def arms_table() -> str:
-    """Ablation arms and the paired rival at equal updates, best first."""
+def arms_tables() -> str:
+    """One table per number of updates, the longest first."""
     arms = read("arms")
-    if not arms:
-        return ""
-    updates = max(int(key.split("/")[1]) for key in arms)
+    lengths = sorted({int(key.split("/")[1]) for key in arms}, reverse=True)
+    return "\n\n".join(arms_table(arms, updates) for updates in lengths)
+
+
+def arms_table(arms: dict, updates: int) -> str:
+    """Ablation arms and the paired rival at equal updates, best first."""
     runs: dict[str, list[dict]] = {}
     for key, entry in arms.items():
         arm, steps, _ = key.split("/")
@@ -110,7 +113,7 @@ def arms_table() -> str:
 
 def blocks() -> dict[Path, str]:
     """The text between the markers of each page."""
-    short, long = [editor_table(), other_table()], [editor_table(), other_table(), arms_table()]
+    short, long = [editor_table(), other_table()], [editor_table(), other_table(), arms_tables()]
     return {page: "\n\n".join(part for part in parts if part) for page, parts in zip(PAGES, (short, long))}
 
 
