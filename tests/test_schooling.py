@@ -405,6 +405,14 @@ def test_what_was_not_removed_is_no_stain():
     assert (work.done(), work.kept()) == (None, None) and work.leftover > BARE and work.stain < STAIN
 
 
+def test_a_thing_in_another_s_place_is_no_removal():
+    """A square where a circle was to go (what a student once learnt, since no circle can be seen): the rest is not what it was."""
+    edit = REQUESTS["remove"]
+    swapped = render([ROOMY.with_thing(0, shape="square")])
+    (work,) = own_work([Example(ROOMY, edit, "")], [apply_edit(ROOMY, edit, random.Random(0))], swapped)
+    assert work.kept() is False and work.done() is None
+
+
 def test_of_additions_only_the_other_things_are_judged():
     scene, copy, _ = square_for_circle()
     edit = Edit("add", "square", color="green", texture="solid")

@@ -141,6 +141,7 @@ LIKE, UNLIKE = 0.65, 0.85
 FAR = 1.1  # of a student's own work: from here on it is nearer to another thing, and the oracle agrees on nine of ten
 BARE = 0.08  # root mean square error of the background up to which nothing has been added to it
 STAIN = 0.3  # the same of its worst five by five pixels, from which on something has been
+SWAPPED = 0.2  # root mean square difference to what stood at a place, from which on it is something else
 
 Softener = Callable[[Tensor, Tensor], Tensor]  # pictures (B, 3, S, S), caption ids (B, L) -> pictures redrawn
 Editor = Callable[[Tensor, Tensor], Tensor]  # references (B, 3, S, S), instruction ids (B, L) -> edits
@@ -184,6 +185,7 @@ class OwnWork:
     edit: Edit
     clear: Clarity  # of the scene asked for; the place of a thing that was to leave is not background
     leftover: float  # root mean square error at that place
+    instead: float  # the same against what stood there before
     stain: float  # the same of the worst five by five pixels of background
 
     def done(self) -> bool | None:
@@ -200,6 +202,7 @@ class OwnWork:
     def kept(self) -> bool | None:
         subject = self.edit.new_shape or self.edit.shape
         stained = self.stain > STAIN and self.edit.type not in ("add", "background", "style")
+        stained |= self.edit.type == "remove" and self.leftover > STAIN and self.instead > SWAPPED
         if self.clear.worst(free=subject) > FAR or stained:
             return False
         tidy = self.clear.background < BARE and self.leftover < BARE
@@ -209,16 +212,17 @@ class OwnWork:
 def own_work(examples: list[Example], targets: list[Scene], drawn: Tensor) -> list[OwnWork]:
     """A student's edits (B, 3, S, S) of the examples, beside their targets."""
     side = drawn.shape[-1]
-    clean = render(targets, side)
+    clean, before = render(targets, side), render([e.scene for e in examples], side)
     origins = [tuple(t for t in e.scene.things if t.shape == e.edit.shape) if e.edit.type in ("move", "remove") else () for e in examples]
     found = clarity(drawn, clean, targets, origins)
     masks = [torch.stack([near(t, side) for t in target.things] or [torch.zeros(side, side, dtype=torch.bool)]).any(0) for target in targets]
     works = []
-    for example, thing, clear, error, taken in zip(examples, origins, found, (drawn - clean).square().mean(1), masks):
+    error_of = lambda picture: (drawn - picture).square().mean(1)
+    for example, thing, clear, error, change, taken in zip(examples, origins, found, error_of(clean), error_of(before), masks):
         there = near(thing[0], side) & ~taken if thing else torch.zeros_like(taken)
-        leftover = float(error[there].mean().sqrt()) if there.any() else 0.0
+        leftover, instead = (float(e[there].mean().sqrt()) if there.any() else 0.0 for e in (error, change))
         stain = F.avg_pool2d((error * ~(taken | there))[None], 5, 1).max().sqrt()
-        works.append(OwnWork(example.edit, clear, leftover, float(stain)))
+        works.append(OwnWork(example.edit, clear, leftover, instead, float(stain)))
     return works
 
 
