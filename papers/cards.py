@@ -62,12 +62,19 @@ def judge() -> None:
         summary="A small vision-language model that answers yes/no questions about one or two pictures.",
         command="vlmedit train judge --set steps=2700 softener=none out=runs/judge0\n"
         "vlmedit train judge --set start=runs/judge0/model steps=500 attack_from=0 lr=0.0007 softener=none out=runs/judge1\n"
-        "vlmedit train judge --set start=runs/judge1/model steps=1500 attack_from=0 lr=0.001 seed=5",
-        config=JudgeConfig(start="runs/judge1/model", steps=1500, attack_from=0, lr=1e-3, seed=5), cpu_minutes=78,
+        "vlmedit train judge --set start=runs/judge1/model steps=1500 attack_from=0 lr=0.001 seed=5 out=runs/judge2\n"
+        "vlmedit train npedit --set judge=runs/judge2/model out=runs/npedit2\n"
+        "vlmedit train judge --set start=runs/judge2/model steps=900 attack_from=0 lr=0.001 seed=6 students=runs/npedit2/model out=runs/judge3\n"
+        "vlmedit train judge --set start=runs/judge3/model steps=350 warmup=30 attack_from=0 lr=0.0007 seed=7 students=runs/npedit2/model out=runs/judge4\n"
+        "vlmedit train npedit --set judge=runs/judge4/model out=runs/npedit3\n"
+        "vlmedit train judge --set start=runs/judge4/model steps=170 warmup=20 attack_from=0 lr=0.0007 seed=8 students=runs/npedit3/model,runs/npedit2/model",
+        config=JudgeConfig(start="runs/judge4/model", steps=170, warmup=20, attack_from=0, lr=7e-4, seed=8, students=("runs/npedit3/model", "runs/npedit2/model")),
+        cpu_minutes=104,
         metrics=flat(read("judge")), intended_use="Frozen judge of NP-Edit in the shape world; teaching.",
         limits=[
             "On a student's own outputs it agrees with the oracle less often than on rendered pictures: it can be hacked.",
-            "The schedule of the first stage was shortened on the way, and its teacher for soft pictures was an earlier one (papers/log.md).",
+            "The schedule of the first stage was shortened on the way, its teacher for soft pictures was an earlier one, the students of the later stages "
+            "included three of other runs, and the third stage's labels were stricter than the code's are now (papers/log.md): a run from nothing will differ.",
         ],
     ), library="transformers")  # fmt: skip
 
@@ -89,10 +96,12 @@ def editor() -> None:
     write_card(checkpoint("shapes", "editor"), dict(
         MADE, title="shapes: no-pair editor",
         summary="NP-Edit: edits by instruction in 4 steps, trained without one before/after pair.",
-        command="vlmedit train npedit", config=NPEditConfig(), cpu_minutes=36,
+        command="vlmedit train npedit --set judge=runs/judge4/model out=runs/npedit3\n"
+        "vlmedit train npedit --set student=runs/npedit3/model steps=500 lr=0.0006 gain_steps=0 seed=1",
+        config=NPEditConfig(student="runs/npedit3/model", steps=500, lr=6e-4, gain_steps=0, seed=1), cpu_minutes=48,
         metrics={**averages(entries, "success", "keep_psnr", "manifold_psnr", "hacking_gap"), **types, "n": entries[0]["n"], "seeds": len(entries)},
         intended_use="Teaching; edits of pictures within the vocabulary of the shape world.",
-        limits=["Things are hardly ever moved.", "Fine outlines and textures of what should stay are lost now and then.", "One training seed."],
+        limits=["Things are never moved: a request to move returns the picture as it was.", "Fine outlines and textures of what should stay are lost now and then.", "One training seed."],
     ))  # fmt: skip
 
 

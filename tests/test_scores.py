@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
-
 from tiny_models import tiny_dit, tiny_judge
+
 from vlmedit import flow, scores
 from vlmedit.evaluate import ask_judge, evaluate_student
 

@@ -32,16 +32,24 @@ HACKING_GAP = Exercise(
     hacking_gap,
     gap_cases,
     {
-        "the sign is flipped: it is belief minus truth, positive where the judge believes too much": lambda p, d, k: _success(d, k) - p.mean(0),
+        "the sign is flipped: it is belief minus truth, positive where the judge believes too much": lambda p, d, k: (
+            _success(d, k) - p.mean(0)
+        ),
         "an edit that is done or kept counts as a success; it must be both": lambda p, d, k: p.mean(0) - (d | k).float(),
-        "each question is compared with its own verdict; the gap is against success": lambda p, d, k: ((p[0] - d.float()) + (p[1] - k.float())) / 2,
+        "each question is compared with its own verdict; the gap is against success": lambda p, d, k: (
+            ((p[0] - d.float()) + (p[1] - k.float())) / 2
+        ),
         "the probabilities are multiplied; the definition takes their mean": lambda p, d, k: p.prod(0) - _success(d, k),
-        "the probabilities are rounded to yes and no first; how sure the judge is belongs to it": lambda p, d, k: (p > 0.5).float().mean(0) - _success(d, k),
+        "the probabilities are rounded to yes and no first; how sure the judge is belongs to it": lambda p, d, k: (
+            (p > 0.5).float().mean(0) - _success(d, k)
+        ),
         "only the edit question is asked; the identity question counts as much": lambda p, d, k: p[0] - _success(d, k),
         "only the edit's own verdict is compared; a done edit with the rest lost is no success": lambda p, d, k: p.mean(0) - d.float(),
         "the mean goes over the edits (axis 1); it must go over the two questions": lambda p, d, k: p.mean(1)[:, None] - _success(d, k),
         "the mean over the edits is taken as well; every edit has a gap of its own": lambda p, d, k: (p.mean(0) - _success(d, k)).mean(),
-        "the absolute value is taken; believing too little must count against believing too much": lambda p, d, k: (p.mean(0) - _success(d, k)).abs(),
+        "the absolute value is taken; believing too little must count against believing too much": lambda p, d, k: (
+            p.mean(0) - _success(d, k)
+        ).abs(),
     },
 )
 
@@ -63,7 +71,9 @@ def _around(center: float, half: float) -> tuple[float, float]:
     return center - half, center + half
 
 
-def _wilson(k: int, n: int, z: float, middle: float = 0.5, shrink: bool = True, inner: float = 0.25, square: bool = True) -> tuple[float, float]:
+def _wilson(
+    k: int, n: int, z: float, middle: float = 0.5, shrink: bool = True, inner: float = 0.25, square: bool = True
+) -> tuple[float, float]:
     """The interval with one of its constants changed."""
     rate, zz = k / n, z * z if square else z
     by = 1 + zz / n if shrink else 1.0
@@ -80,8 +90,12 @@ WILSON_INTERVAL = Exercise(
     interval_cases,
     {
         "that is the textbook's rate plus or minus z standard errors, which is of no width at 0 and too narrow near it": _wald,
-        "the spread of one edit is taken for that of the mean: divide the variance by n": lambda k, n, z: _wald(k, n, z, math.sqrt(k / n * (1 - k / n))),
-        "the center is the observed rate; it must be drawn towards one half": lambda k, n, z: _around(k / n, (lambda w: (w[1] - w[0]) / 2)(_wilson(k, n, z))),
+        "the spread of one edit is taken for that of the mean: divide the variance by n": lambda k, n, z: _wald(
+            k, n, z, math.sqrt(k / n * (1 - k / n))
+        ),
+        "the center is the observed rate; it must be drawn towards one half": lambda k, n, z: _around(
+            k / n, (lambda w: (w[1] - w[0]) / 2)(_wilson(k, n, z))
+        ),
         "nothing is divided by 1 + z^2 / n": lambda k, n, z: _wilson(k, n, z, shrink=False),
         "the center adds z^2 / n; it must add half of that": lambda k, n, z: _wilson(k, n, z, middle=1.0),
         "the term z^2 / (4 n^2) under the root is missing": lambda k, n, z: _wilson(k, n, z, inner=0.0),
@@ -89,7 +103,9 @@ WILSON_INTERVAL = Exercise(
         "z is not squared": lambda k, n, z: _wilson(k, n, z, square=False),
         "the ends are the wrong way round: low comes first": lambda k, n, z: wilson_interval(k, n, z)[::-1],
         "z is fixed at 95 %; it is an argument": lambda k, n, z: wilson_interval(k, n),
-        "that is center and half width; return the two ends": lambda k, n, z: (lambda w: ((w[0] + w[1]) / 2, (w[1] - w[0]) / 2))(_wilson(k, n, z)),
+        "that is center and half width; return the two ends": lambda k, n, z: (lambda w: ((w[0] + w[1]) / 2, (w[1] - w[0]) / 2))(
+            _wilson(k, n, z)
+        ),
         "that is Agresti's and Coull's interval, whose ends may leave 0 to 1": _agresti,
     },
 )
@@ -134,15 +150,27 @@ CALIBRATION_ERROR = Exercise(
     calibration_error,
     calibration_cases,
     {
-        "every bin counts the same; a bin's weight is its share of the answers": lambda p, t, b: (lambda r: sum(abs(x - y) for x, y, _, _ in r) / len(r))(_bins(p, t, b)),
-        "the sum is divided by the number of all bins; a bin's weight is its share of the answers": lambda p, t, b: sum(abs(x - y) for x, y, _, _ in _bins(p, t, b)) / b,
-        "there is no absolute value: too much in one bin cancels too little in another": lambda p, t, b: sum(n * (x - y) for x, y, n, _ in _bins(p, t, b)) / len(p),
+        "every bin counts the same; a bin's weight is its share of the answers": lambda p, t, b: (
+            lambda r: sum(abs(x - y) for x, y, _, _ in r) / len(r)
+        )(_bins(p, t, b)),
+        "the sum is divided by the number of all bins; a bin's weight is its share of the answers": lambda p, t, b: (
+            sum(abs(x - y) for x, y, _, _ in _bins(p, t, b)) / b
+        ),
+        "there is no absolute value: too much in one bin cancels too little in another": lambda p, t, b: (
+            sum(n * (x - y) for x, y, n, _ in _bins(p, t, b)) / len(p)
+        ),
         "the absolute value is of the whole mean, as if there were one bin": lambda p, t, b: abs(float(p.mean() - t.mean())),
-        "the absolute value is of every single answer: that is no calibration, a fair coin would fail": lambda p, t, b: float((p - t).abs().mean()),
+        "the absolute value is of every single answer: that is no calibration, a fair coin would fail": lambda p, t, b: float(
+            (p - t).abs().mean()
+        ),
         "the worst bin is taken; the expected error is the weighted mean": lambda p, t, b: max(abs(x - y) for x, y, _, _ in _bins(p, t, b)),
-        "a bin's middle stands for its mean probability": lambda p, t, b: sum(n * abs((k + 0.5) / b - y) for _, y, n, k in _bins(p, t, b)) / len(p),
+        "a bin's middle stands for its mean probability": lambda p, t, b: (
+            sum(n * abs((k + 0.5) / b - y) for _, y, n, k in _bins(p, t, b)) / len(p)
+        ),
         "the errors are squared": lambda p, t, b: sum(n * (x - y) ** 2 for x, y, n, _ in _bins(p, t, b)) / len(p),
-        "the bins' weighted sum is not divided by the number of answers": lambda p, t, b: sum(n * abs(x - y) for x, y, n, _ in _bins(p, t, b)),
+        "the bins' weighted sum is not divided by the number of answers": lambda p, t, b: sum(
+            n * abs(x - y) for x, y, n, _ in _bins(p, t, b)
+        ),
         "the number of bins is fixed at 10; it is an argument": lambda p, t, b: calibration_error(p, t, 10),
         "p = 1 falls out of the last bin": _open_bins,
         "that is of the likelier answer; here p is of yes": _by_sureness,
@@ -156,7 +184,11 @@ CALIBRATION_ERROR = Exercise(
 def viescore_cases() -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(3)
     draw = lambda *shape: 10 * torch.rand(*shape, generator=generator)
-    return [(draw(6, 2), draw(6, 2)), (draw(4, 3), draw(4, 1)), (torch.tensor([[10.0, 0.0], [4.0, 9.0]]), torch.tensor([[9.0, 9.0], [4.0, 8.0]]))]
+    return [
+        (draw(6, 2), draw(6, 2)),
+        (draw(4, 3), draw(4, 1)),
+        (torch.tensor([[10.0, 0.0], [4.0, 9.0]]), torch.tensor([[9.0, 9.0], [4.0, 8.0]])),
+    ]
 
 
 def _least(x: Tensor) -> Tensor:
@@ -171,7 +203,9 @@ VIESCORE = Exercise(
         "the best sub-score is taken instead of the least": lambda c, q: (c.max(1).values * q.max(1).values).sqrt(),
         "the two are averaged; in a geometric mean a zero stays a zero": lambda c, q: (_least(c) + _least(q)) / 2,
         "the root is missing: a product of two tens is 100": lambda c, q: _least(c) * _least(q),
-        "the least of all sub-scores is taken; consistency and quality have a least one each": lambda c, q: torch.minimum(_least(c), _least(q)),
+        "the least of all sub-scores is taken; consistency and quality have a least one each": lambda c, q: torch.minimum(
+            _least(c), _least(q)
+        ),
         "the least is taken over the edits (axis 0); it must be over an edit's sub-scores": lambda c, q: (
             (c.min(0).values.mean() * q.min(0).values.mean()).sqrt().expand(len(c)).clone()
         ),
