@@ -97,8 +97,9 @@ def editor() -> None:
         MADE, title="shapes: no-pair editor",
         summary="NP-Edit: edits by instruction in 4 steps, trained without one before/after pair.",
         command="vlmedit train npedit --set judge=runs/judge2/model out=runs/npedit2\n"
-        "vlmedit train npedit --set student=runs/npedit2/model steps=400 lr=0.0006 gain_steps=0 seed=1",
-        config=NPEditConfig(student="runs/npedit2/model", steps=400, lr=6e-4, gain_steps=0, seed=1), cpu_minutes=47,
+        "vlmedit train npedit --set student=runs/npedit2/model steps=400 lr=0.0006 gain_steps=0 seed=1 out=runs/npedit4\n"
+        "vlmedit train npedit --set student=runs/npedit4/model steps=800 lr=0.0006 gain_steps=0 seed=2 emphasis=move",
+        config=NPEditConfig(student="runs/npedit4/model", steps=800, lr=6e-4, gain_steps=0, seed=2, emphasis=("move",)), cpu_minutes=62,
         metrics={**averages(entries, "success", "keep_psnr", "manifold_psnr", "hacking_gap"), **types, "n": entries[0]["n"], "seeds": len(entries)},
         intended_use="Teaching; edits of pictures within the vocabulary of the shape world.",
         limits=["Things are hardly ever moved: they fade on one side and smear to the other.", "Fine outlines and textures of what should stay are lost now and then.", "One training seed."],

@@ -10,12 +10,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import SIDE, pictures, requests, tiny_dit, tiny_judge
 
+from vlmedit.data import unpaired_batch
 from vlmedit.flow import guide, interpolate, to_x0
 from vlmedit.models.dit import DiT
 from vlmedit.train import main as main_module
 from vlmedit.train import npedit as module
 from vlmedit.train.config import ConfigError, DistillConfig, NPEditConfig, SFTConfig, WarmupConfig
-from vlmedit.train.npedit import NPEdit, nothing_loss, train_npedit
+from vlmedit.train.npedit import NPEdit, nothing_loss, shares, train_npedit
 from vlmedit.train.stages import STAGES
 
 TWO = (1.0, 0.5)
@@ -315,3 +316,12 @@ def test_the_main_job_leaves_metrics_and_pictures(saved, tmp_path, monkeypatch):
     config = json.loads((out / "config.json").read_text())
     assert config["student"] == str(saved / "warm") and config["steps"] == 2
     assert (out / "model" / "config.json").is_file() and list((out / "tensorboard").iterdir())
+
+
+def test_an_emphasized_type_is_drawn_twice_as_often():
+    plain, more = shares(NPEditConfig()), shares(NPEditConfig(emphasis=("move",)))
+    assert more["move"] == 2 * plain["move"] > 0 and {k: v for k, v in more.items() if k != "move"} == {k: v for k, v in plain.items() if k != "move"}
+    count = lambda kinds: sum(t == "move" for i in range(8) for t in unpaired_batch(64, 32, "emphasis", i, kinds=kinds).types)
+    assert count(more) > 1.4 * count(plain) > 0
+    with pytest.raises(ConfigError, match="emphasis.*'?fly'?.*known: add"):
+        NPEditConfig(emphasis=("fly",))

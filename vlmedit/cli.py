@@ -444,7 +444,10 @@ def notebook(
     elif action == "refresh":
         if given:
             raise InputError("-p: refresh runs the notebooks as they are, at the laptop tier")
-        found = [suite.refresh(n, out) for n in chosen]
+        found = []
+        for n in chosen:
+            found.append(suite.refresh(n, out))
+            print(f"{n.name}: {_outcome(found[-1])}", flush=True)
     else:
         found = []
         for n, values in suite.checked(chosen, given):

@@ -16,6 +16,7 @@ from vlmedit.data import TASKS
 from vlmedit.dmd import NORMS
 from vlmedit.objectives import OBJECTIVES
 from vlmedit.unroll import CALLS, RENOISE
+from vlmedit.world.edits import ALL_TYPES
 
 TIERS = ("smoke", "laptop", "gpu")
 
@@ -186,9 +187,12 @@ class NPEditConfig(TrainConfig):
     target_caption: bool = True  # False: DMD sees the reference's caption, which does not carry the edit
     pool: int | None = None  # distinct training requests; None is unlimited
     task: str = "edit"  # edit, customise or both
+    emphasis: tuple[str, ...] = ()  # edit types drawn twice as often as `TASKS` says
 
     def __post_init__(self):
         super().__post_init__()
+        if unknown := sorted(set(self.emphasis) - set(ALL_TYPES)):
+            raise ConfigError(f"emphasis names the unknown edit type {', '.join(unknown)}; known: {', '.join(ALL_TYPES)}")
         if self.dmd_weight == 0 and self.judge_weight == 0:
             raise ConfigError("dmd_weight and judge_weight are both 0; nothing would be learnt")
         if self.task not in TASKS:

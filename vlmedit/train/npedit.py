@@ -120,6 +120,11 @@ class NPEdit:
         return loss.item()
 
 
+def shares(config: NPEditConfig) -> dict[str, float]:
+    """How often each edit type is drawn, relative to the others."""
+    return {kind: share * (2 if kind in config.emphasis else 1) for kind, share in TASKS[config.task].items()}
+
+
 def train_npedit(config: NPEditConfig, accelerator: Accelerator | None = None) -> Iterator[Step]:
     """Yield a `Step` per student update, its pictures the first references and edits of the batch; the averaged
     student is saved to `out/model` at the end. The metric `calls` counts network calls of the student on one picture."""
@@ -130,7 +135,7 @@ def train_npedit(config: NPEditConfig, accelerator: Accelerator | None = None) -
     ema = EMA(roles.student, config.ema)
     run.register("model", roles.student, optimizer, ema)
     run.register("fake", roles.fake, fake_optimizer)
-    draw = lambda *key: unpaired_batch(config.batch, config.side, *key, kinds=TASKS[config.task], pool=config.pool, settled=config.settled).to(run.device)
+    draw = lambda *key: unpaired_batch(config.batch, config.side, *key, kinds=shares(config), pool=config.pool, settled=config.settled).to(run.device)
     for index in run.steps():
         roles.cpu.clear()
         with roles.clock("data"):
