@@ -79,6 +79,16 @@ def judge() -> None:
     ), library="transformers")  # fmt: skip
 
 
+def second_judge() -> None:
+    write_card(checkpoint("shapes", "second_judge"), dict(
+        MADE, title="shapes: second judge",
+        summary="A smaller judge from other initial weights and other lessons, which no student was trained on: a second opinion for evaluation.",
+        command="vlmedit train judge --set size=small steps=2000 attack_from=900 seed=21", config=JudgeConfig(size="small", steps=2000, attack_from=900, seed=21),
+        cpu_minutes=14, metrics=flat(read("second_judge")), intended_use="Held-out judge: an alarm where it disagrees with the first.",
+        limits=["Less accurate than the first judge on rendered pairs; it went to the same school and shares its gaps."],
+    ) | dict(seed=21), library="transformers")  # fmt: skip
+
+
 def warm() -> None:
     entries = read("editor")["warm"]
     write_card(checkpoint("shapes", "warm"), dict(
@@ -107,6 +117,6 @@ def editor() -> None:
 
 
 if __name__ == "__main__":
-    for card in (teacher, judge, warm, editor):
+    for card in (teacher, judge, second_judge, warm, editor):
         card()
         print(card.__name__)

@@ -42,7 +42,7 @@ SEEDS = (0, 1, 2)
 
 
 def load(role: str):
-    kind = JudgeModel if role == "judge" else DiT
+    kind = JudgeModel if "judge" in role else DiT
     return kind.from_pretrained(checkpoint("shapes", role)).eval()
 
 
@@ -79,6 +79,10 @@ def measure_judge(args) -> None:
     for role in ("warm", "editor"):
         figures[f"on {role} outputs"] = judge_against_oracle(judge, evaluate_student(load(role), None, args.n)[1])
     write("judge", figures)
+    second = load("second_judge")
+    figures = {"clean": evaluate_judge(second, 1024), "attacked": evaluate_judge(second, 512, radius=2.5)}
+    figures["on editor outputs"] = judge_against_oracle(second, evaluate_student(load("editor"), None, args.n)[1])
+    write("second_judge", figures)
 
 
 def measure_editor(args) -> None:

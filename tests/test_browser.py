@@ -173,8 +173,8 @@ def test_widgets_move_the_picture(path, browser, lab, tmp_path):
             cell.scroll_into_view_if_needed()
             assert changed(page, cell, ""), "the widget shows no picture"
             page.screenshot(path=kept / f"{path.stem}-widget{i}-0.png")
-            controls = cell.locator(".widget-interact > .jupyter-widgets:not(.widget-output)")
-            assert controls.count()
+            controls = cell.locator(".widget-interact > :is(.jupyter-widgets, .widget-slider):not(.widget-output)")
+            controls.first.wait_for()  # its view may come after the picture's
             for j in range(controls.count()):
                 before = pictures(cell)
                 move(controls.nth(j), times=1)

@@ -45,7 +45,8 @@ from vlmedit.models.text import build_tokenizer, encode
 from vlmedit.world.language import Question, edit_question, identity_question, normalise, parse_instruction
 
 Pictures = Image.Image | Tensor | Sequence[Image.Image | Tensor]
-STAGES = {"editor": "npedit", "warm": "warmup", "teacher": "teacher", "judge": "judge"}  # checkpoint -> what trains it
+STAGES = {"editor": "npedit", "warm": "warmup", "teacher": "teacher", "judge": "judge", "second_judge": "judge"}  # checkpoint -> what trains it
+JUDGES = tuple(role for role, stage in STAGES.items() if stage == "judge")
 OUTPUTS = ("pil", "pt", "np")
 
 
@@ -298,8 +299,8 @@ def load(name_or_dir: str | os.PathLike = "shapes", role: str = "editor", device
 
     Raises ValueError for an unknown name or role, FileNotFoundError when the checkpoint has not been trained yet.
     """
-    if role not in STAGES or role == "judge":
-        raise ValueError(f"unknown role {role!r}; known: {', '.join(r for r in STAGES if r != 'judge')}")
+    if role not in STAGES or role in JUDGES:
+        raise ValueError(f"unknown role {role!r}; known: {', '.join(r for r in STAGES if r not in JUDGES)}")
     folder = Path(name_or_dir)
     run = folder / "model"  # where a training run leaves its result
     if str(name_or_dir) == "shapes":

@@ -18,7 +18,7 @@ from vlmedit.train.config import NPEditConfig
 from vlmedit.train.engine import Step
 from vlmedit.train.npedit import train_npedit
 
-LIVE = {"smoke": dict(steps=2, batch=4, warmup=1), "laptop": dict(steps=650, save_every=130), "gpu": dict(steps=3000)}
+LIVE = {"smoke": dict(steps=2, batch=4, warmup=1), "laptop": dict(steps=750, save_every=150), "gpu": dict(steps=3000)}
 SHOWN = 512  # held-out edits the metrics are taken over, and how many of them are drawn
 DRAWN = 8
 
