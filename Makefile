@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # PyTorch's CPU builds; on Linux the wheels of the default index carry CUDA. Skipped with one warning where it cannot be reached.
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
+# the one torch 2.13 is built for; CUDA builds of torch bring it themselves
+TRITON := triton==3.7.1
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: setup run test solved-test browser-test notebooks workshop badges clean help
@@ -26,7 +28,9 @@ $(STAMP): requirements.lock pyproject.toml
 run: setup
 	$(BIN)/vlmedit train main
 
+# Triton's interpreter runs the kernels on a CPU; where it cannot be installed their tests are skipped and say so
 test: setup
+	[ "$$(uname)" != Linux ] || $(PIP) install --quiet --no-deps $(TRITON) || true
 	$(BIN)/python -m pytest -n 2 -q
 
 # minutes, not in `test`: all notebooks with their stubs solved, and with all cells run again
