@@ -1,8 +1,8 @@
 """Write the result tables of README.md and papers/npedit.md from papers/results/*.json, between their markers.
 
-    python papers/tables.py            # after papers/measure.py; tests/test_papers.py says when they are out of date
+    python papers/tables.py            # after papers/measure.py and papers/asking.py; tests/test_papers.py says when they are out of date
 
-What has not been measured is not in the tables.
+What has not been measured is not in the tables; the table of the paper's claims says so and names the command.
 """
 
 from __future__ import annotations
@@ -111,9 +111,177 @@ def arms_table(arms: dict, updates: int) -> str:
     return f"### Arms at {updates} updates\n\n{said}\n\n{table(head, rows)}"
 
 
+def asking_table() -> str:
+    """What judge and teacher know before anybody is trained with them (papers/asking.py)."""
+    found = read("asking")
+    if not found:
+        return ""
+    words, teacher, pairs = found["words"], found["teacher"], found["pairs"]
+    names = [name for name in words if name != "n"]
+    whole = lambda row: f"{row['kept']:.2f} (moves {row['by_type'].get('move', 0):.2f}, backgrounds {row['by_type'].get('background', 0):.2f}, removals {row['by_type'].get('remove', 0):.2f})"
+    rows = [[f"the judge, {name} questions ({words['n']} pairwise ones)", slashed((words[name][k] for k in ("right", "copy", "same")))] for name in names]
+    rows.append([f"the teacher as judge, {teacher['draws']} noises ({teacher['n']} requests whose captions differ)", slashed(teacher[k] for k in ("right", "copy")) + " / not asked"])
+    rows += [[f"pairs by {maker} that the judge says yes to twice ({row['n']} requests)", whole(row)] for maker, row in pairs.items()]
+    said = "Rendered right results and untouched copies: how often the first is called done, the second not done, and the rest of the first the same (`python papers/asking.py`)."
+    return f"### Asking\n\n{said}\n\n" + table(["who is asked", "right result / copy / rest the same; share kept"], rows)
+
+
+# --- the paper's claims
+
+SECOND = {  # the no-pair editor of 2,000 updates whose arms are in arms.json; its figures are those of log.md, "second round" and "third round"
+    "success": 0.749, "kept": 0.77, "on_manifold": 0.95, "keep_psnr": 31.4, "manifold_psnr": 30.0, "success_by_type": {"remove": 0.94},
+    "n": 1536, "cpu_seconds": 36 * 60, "updates": 2000, "seeds": 1, "source": "log, second round",
+}  # fmt: skip
+PLAIN, CLEAR = 2.0, "within the error"  # standard errors from which a difference has a sign
+
+
+def rate_error(rate: float, n: int) -> float:
+    return (rate * (1 - rate) / n) ** 0.5
+
+
+def arm(name: str, updates: int) -> dict | None:
+    """An arm of the objective study at a length, all seeds; the logged editor stands for "full" at 2,000 updates until it is run again."""
+    entries = [entry for key, entry in read("arms").items() if key.split("/")[:2] == [name, str(updates)]]
+    if not entries:
+        return SECOND if (name, updates) == ("full", 2000) else None
+    ways = [e["4 steps"] for e in entries]
+    over = lambda key: mean(w[key] for w in ways)
+    found = {key: over(key) for key in ("success", "kept", "done", "on_manifold", "keep_psnr", "manifold_psnr")}
+    found["success_by_type"] = {"remove": mean(w["success_by_type"]["remove"] for w in ways)}
+    return found | {"n": sum(w["n"] for w in ways), "cpu_seconds": mean(e["cpu_seconds"] for e in entries), "updates": updates, "seeds": len(ways)}
+
+
+def studied(study: str, name: str) -> dict | None:
+    """A row of a study's table, where the study has been run."""
+    path = RESULTS / "studies" / study / "table.json"
+    rows = json.loads(path.read_text())["arms"] if path.is_file() else []
+    row = next((r for r in rows if r["arm"] == name), None)
+    if row is None:
+        return None
+    by_type = {"remove": row.get("success_remove", float("nan"))}
+    return {**row, "n": row["n"] * len(row["seeds"]), "seeds": len(row["seeds"]), "success_by_type": by_type}
+
+
+def supervised() -> dict | None:
+    """The rival trained on pairs, at its four re-noising steps."""
+    entries = read("rivals").get("paired SFT", {}).get("4 steps")
+    if not entries:
+        return None
+    removed = {"remove": mean(e["success_by_type"]["remove"] for e in entries)}
+    over = lambda key: mean(e[key] for e in entries)
+    return {"success": over("success"), "kept": over("kept"), "manifold_psnr": over("manifold_psnr"), "success_by_type": removed, "n": sum(e["n"] for e in entries), "updates": read("rivals")["updates"], "seeds": 1}
+
+
+def shipped() -> dict:
+    """The editor as it ships, whatever it was trained for."""
+    entries = read("editor")["editor"]
+    return {"success": mean(e["success"] for e in entries), "n": sum(e["n"] for e in entries)}
+
+
+def shown(row: dict, key: str) -> str:
+    """A figure with its error: over seeds where the study has several, else binomial for shares of edits."""
+    value = row["success_by_type"]["remove"] if key == "removals" else row[key]
+    if key.endswith("psnr"):
+        return f"{value:.1f} dB"
+    n = row["n"] / 8 if key == "removals" else row["n"]  # one edit in eight is a removal
+    error = row.get(f"{key}_se", rate_error(value, n))
+    return f"{value:.3f} ({error:.3f})"
+
+
+def sign(a: dict, b: dict, key: str) -> str:
+    """Is a better than b? Differences of shares below two standard errors, and of PSNR below a tenth of a dB, have no sign."""
+    value = lambda row: row["success_by_type"]["remove"] if key == "removals" else row[key]
+    gap = value(a) - value(b)
+    if key.endswith("psnr"):
+        return "yes" if gap > 0.1 else "no" if gap < -0.1 else CLEAR
+    error = lambda row: row.get(f"{key}_se", rate_error(value(row), row["n"] / 8 if key == "removals" else row["n"]))
+    return CLEAR if abs(gap) <= PLAIN * (error(a) ** 2 + error(b) ** 2) ** 0.5 else "yes" if gap > 0 else "no"
+
+
+def cost(row: dict) -> str:
+    if "updates" not in row:
+        return "as shipped"
+    seconds = f", {row['cpu_seconds']:,.0f} CPU-s" if "cpu_seconds" in row else ""
+    return f"{row['updates']:,} updates, {row['seeds']} seed{'s' * (row['seeds'] > 1)}{seconds}"
+
+
+def compared(key: str, *pairs) -> tuple[str, str]:
+    """What was found for pairs of (name, row) against (name, row), better first by the claim, and whether each has the claim's sign."""
+    found, signs = [], []
+    for (first, a), (second, b) in pairs:
+        if a is not None and b is not None:
+            source = "".join(f"; {row['source']}" for row in (a, b) if "source" in row)
+            found.append(f"{first} {shown(a, key)}, {second} {shown(b, key)} ({cost(a)} against {cost(b)}{source})")
+            signs.append(sign(a, b, key))
+    return "; ".join(found), " / ".join(signs)
+
+
+def claims() -> list[tuple[str, str, str, tuple[str, str], dict[str, str]]]:
+    """Claim, the paper's figures (VIEScore overall unless said), command, what was found, and why, by the last sign that was found."""
+    at = lambda name: lambda updates: (name, arm(name, updates))
+    full, dmd, judge = at("full"), at("DMD only"), at("judge only")
+    both = lambda a, b, key: compared(key, *((a(u), b(u)) for u in (300, 2000)))
+    row = lambda study, name: (name, studied(study, name))
+    return [
+        (
+            "full beats DMD only", "6.10, 4.93", "objective", both(full, dmd, "success"),
+            {"yes": "the caption that DMD reads carries most edits by itself; the judge adds what no caption says: where, and that the rest stays."},
+        ),
+        (
+            "full beats judge only", "6.10, 1.93", "objective", both(full, judge, "success"),
+            {"yes": "off the manifold the judge's gradient means nothing, and the student does not find back."},
+        ),
+        (
+            "judge only leaves the manifold (share of outputs on it)", "\"diverges\"; PQ 7.69, 3.48", "objective", both(full, judge, "on_manifold"),
+            {"yes": "a small network can be pleased by what is no picture; a judge schooled under attack delays that and does not prevent it."},
+        ),
+        (
+            "DMD only fails at removals (success on removals)", "removal collapses", "objective", both(full, dmd, "removals"),
+            {"yes": "a target caption simply does not mention the thing; worse, not a collapse as in the paper: scenes here are small enough that the caption names everything in them."},
+        ),
+        (
+            "without the identity question less is kept (rest kept)", "6.10, 5.76", "objective",
+            compared("kept", (row("objective", "full"), row("objective", "no identity question")), (at("full")(2000), at("no identity question")(2000)), (at("full")(300), at("no identity question")(300))), {},
+        ),
+        (
+            "two answer tokens beat the full vocabulary", "6.10, 5.89", "objective",
+            compared("success", (row("objective", "full"), row("objective", "full-vocabulary loss")), (at("full")(300), at("full-vocabulary loss")(300))), {},
+        ),
+        ("two unrolled calls beat one", "no figure known", "unroll", compared("success", (row("unroll", "two calls"), row("unroll", "one call"))), {}),
+        (
+            "a larger judge helps", "LLaVA 7B 6.10, 0.5B 4.59; InternVL 14B 5.89, 2B 5.45", "judge_size",
+            compared("success", (row("judge_size", "large"), row("judge_size", "small"))), {},
+        ),
+        ("more requests help", "all 6.10, half 5.52, 1 % 4.66", "data", compared("success", (row("data", "100 %"), row("data", "1 %")), (row("data", "100 %"), row("data", "50 %"))), {}),
+        (
+            "on par with training on pairs, at four steps", "6.10; best of those trained on pairs 6.06", "objective",
+            compared("success", *((("no-pair", a), ("trained on pairs", b)) for a, b in ((arm("full", 300), arm("paired SFT", 300)), (SECOND, supervised()), (shipped(), supervised())))),
+            {"no": "exact targets cost nothing here and are always right, which no data set of pairs is; nor do they need distillation to be sampled in four steps."},
+        ),
+        (
+            "better than SFT + Flow-GRPO with the same judge", "6.06 (SFT + NP-Edit), 4.19", "rl",
+            compared("success", (row("rl", "SFT + NP-Edit"), row("rl", "SFT + Flow-GRPO"))), {},
+        ),
+        (
+            "Flow-GRPO costs image quality (manifold-PSNR)", "PQ 5.70 before, 5.47 after", "rl",
+            compared("manifold_psnr", (row("rl", "SFT, 4 steps"), row("rl", "SFT + Flow-GRPO"))), {},
+        ),
+        ("no SFT start is needed", "6.10 without, 6.06 with", "rl", compared("success", (row("rl", "NP-Edit"), row("rl", "SFT + NP-Edit"))), {}),
+    ]  # fmt: skip
+
+
+def claims_table() -> str:
+    rows = []
+    for claim, paper, study, (found, signs), why in claims():
+        last = signs.split(" / ")[-1]
+        rows.append([claim, paper, found or f"not measured: `vlmedit study {study}`", signs or "-", why.get(last, "") if signs else ""])
+    said = "Paper: VIEScore, overall unless said. Here: share of exact successes by the oracle, standard error in brackets (over edits where there is one seed); a sign is read from two standard errors on. At 300 updates students have hardly begun."
+    return f"### The paper's claims\n\n{said}\n\n" + table(["claim", "paper", "here", "same sign", "why"], rows)
+
+
 def blocks() -> dict[Path, str]:
     """The text between the markers of each page."""
-    short, long = [editor_table(), other_table()], [editor_table(), other_table(), arms_tables()]
+    short, long = [editor_table(), other_table()], [editor_table(), other_table(), claims_table(), asking_table(), arms_tables()]
     return {page: "\n\n".join(part for part in parts if part) for page, parts in zip(PAGES, (short, long))}
 
 

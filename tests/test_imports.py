@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TRAINING = ("vlmedit.data", "vlmedit.schooling", "vlmedit.unroll", "vlmedit.dmd", "vlmedit.judging")
+TRAINING = ("vlmedit.data", "vlmedit.schooling", "vlmedit.unroll", "vlmedit.dmd", "vlmedit.judging", "vlmedit.rewards", "vlmedit.objectives", "vlmedit.cycle")
 MAIN = "vlmedit.train.main"  # the main job: calls the trainer, then the evaluation; itself no trainer, so none may import it
 ORACLE = {"vlmedit.world.oracle", "vlmedit.evaluate", MAIN}
 UNPAIRED = ORACLE | {"vlmedit.world.verdict", "vlmedit.schooling"}
@@ -95,9 +95,9 @@ def test_training_cannot_reach_oracle_or_evaluation(module):
     assert not ORACLE & set(found), [chain(found, m) for m in ORACLE & set(found)]
 
 
-@pytest.mark.parametrize("module", ("vlmedit.train.npedit", "vlmedit.data"))
+@pytest.mark.parametrize("module", (*(f"vlmedit.train.{name}" for name in ("npedit", "synthetic", "cyclegan", "bootstrap", "grpo")), "vlmedit.data"))
 def test_no_pair_training_reaches_no_verdict(module):
-    """The no-pair trainer reaches neither oracle, evaluation, verdict nor schooling."""
+    """No trainer that works without pairs reaches oracle, evaluation, verdict or schooling."""
     if not file_of(ROOT, module):
         pytest.skip(f"{module} does not exist yet")
     found = reached(ROOT, module)

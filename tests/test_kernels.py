@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from vlmedit import dmd, flow, learn
 from vlmedit.models.dit import Block, rotary_table, rotate
 
 kernels = pytest.importorskip("vlmedit.kernels", reason="vlmedit.kernels is not installed; run: pip install --no-deps --no-build-isolation -e .")
-from vlmedit.kernels import dispatch, modulation, rope, sampler  # noqa: E402
+from vlmedit.kernels import answer, dispatch, modulation, patches, rope, sampler  # noqa: E402
 from vlmedit.kernels import dmd as fused_dmd  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +71,18 @@ def step_inputs(shape, draw):
     return draw(*shape), draw(*shape), draw(*shape), draw(*shape), t, t.flip(0) * 0.5
 
 
+def answer_inputs(shape, draw):
+    """Answers first, last and between; yes and no in turn; a head of seven words."""
+    n, length, width = shape
+    at = torch.arange(n)
+    return draw(*shape), draw(7, width), at * (length - 1) // max(n - 1, 1), (at % 2).double()
+
+
+def picture_inputs(shape, draw):
+    c = shape[1]
+    return draw(*shape), 0.5 + 0.1 * draw(c), 0.3 + 0.1 * draw(c).abs()  # a third of the pixels is saturated
+
+
 def without(index: int, make: Callable) -> Callable:
     """The inputs with None at one place."""
     return lambda shape, draw: tuple(None if i == index else v for i, v in enumerate(make(shape, draw)))
@@ -78,6 +91,8 @@ def without(index: int, make: Callable) -> Callable:
 TOKENS = ((2, 5, 7), (1, 1, 3), (3, 2, 33))
 HEADS = ((2, 3, 5, 6), (1, 1, 1, 2), (1, 2, 3, 20))
 PICTURES = ((3, 3, 5, 7), (1, 1, 1, 1), (2, 4, 17, 31), (2, 3))
+SEQUENCES = ((3, 5, 7), (1, 1, 1), (2, 3, 1030))
+ASKED = {"yes": 5, "no": 2, "gain": 0.4}
 OPERATIONS = {
     "gated_adaln": Operation(kernels.gated_adaln, modulation.gated_adaln_reference, modulation_inputs, TOKENS, (0, 1, 2, 3, 4)),
     "adaln": Operation(
@@ -92,21 +107,36 @@ OPERATIONS = {
     "guided_step": Operation(kernels.guided_step, sampler.guided_step_reference, step_inputs, PICTURES, (0, 1, 2, 3), {"guidance": 3.5}),
     "guided_step, unguided": Operation(kernels.guided_step, sampler.guided_step_reference, without(2, step_inputs), PICTURES[:2], (0, 1, 3)),
     "guided_step, one gradient": Operation(kernels.guided_step, sampler.guided_step_reference, step_inputs, PICTURES[:1], (1,), {"guidance": 3.5}),
+    "answer_loss": Operation(kernels.answer_loss, answer.answer_loss_reference, answer_inputs, SEQUENCES, (0,), ASKED),
+    "answer_loss, capped": Operation(kernels.answer_loss, answer.answer_loss_reference, answer_inputs, SEQUENCES[:1], (0,), {**ASKED, "cap": 3.0}),
+    "vlm_patches, as Qwen-VL": Operation(
+        kernels.vlm_patches, patches.vlm_patches_reference, picture_inputs, ((2, 2, 5, 3), (2, 1, 9, 5), (1, 1, 1, 1)), (0,), {"size": (4, 8), "patch": 2, "merge": 2, "frames": 2},
+    ),
+    "vlm_patches, as SigLIP": Operation(kernels.vlm_patches, patches.vlm_patches_reference, picture_inputs, ((1, 2, 5, 7),), (0,), {"size": (6, 3), "patch": 3, "mode": "bilinear"}),
+    "vlm_patches, pixels": Operation(kernels.vlm_patches, patches.vlm_patches_reference, picture_inputs, ((1, 2, 11, 5), (2, 1, 6, 9)), (0,), {"size": (6, 9)}),
 }  # fmt: skip
 
 
 def inputs(op: Operation, shape: tuple, dtype: torch.dtype, strided: bool = False) -> list[Tensor | None]:
-    """Drawn in float64 and rounded to `dtype`. `strided`: same values, every tensor a part of one that is larger on each axis."""
+    """Drawn in float64 and rounded to `dtype`, whole numbers as they are. `strided`: same values, every tensor a part of one that is larger
+    on each axis."""
     generator = torch.Generator().manual_seed(sum(shape))
-    drawn = [v if v is None else v.to(DEVICE, dtype) for v in op.make(shape, lambda *s: torch.randn(*s, generator=generator, dtype=torch.float64))]
+    cast = lambda v: v.to(DEVICE, dtype if v.is_floating_point() else None)
+    drawn = [v if v is None else cast(v) for v in op.make(shape, lambda *s: torch.randn(*s, generator=generator, dtype=torch.float64))]
     if strided:
         drawn = [v if v is None else inner(v) for v in drawn]
     return [v if v is None else v.requires_grad_(i in op.wanted) for i, v in enumerate(drawn)]
 
 
+def exactly(arguments: list[Tensor | None], op: Operation) -> list[Tensor | None]:
+    """The same numbers in float64."""
+    wide = lambda i, v: v.detach().double().requires_grad_(i in op.wanted) if v.is_floating_point() else v
+    return [v if v is None else wide(i, v) for i, v in enumerate(arguments)]
+
+
 def inner(v: Tensor) -> Tensor:
     """The same values in a view with gaps between rows; the axes are stored in another order."""
-    room = torch.full([n + 2 for n in v.shape], torch.nan, dtype=v.dtype, device=v.device)
+    room = torch.full([n + 2 for n in v.shape], torch.nan if v.is_floating_point() else -99, dtype=v.dtype, device=v.device)
     if v.ndim > 2:
         room = room.transpose(1, 2).contiguous().transpose(1, 2)
     view = room[tuple(slice(1, n + 1) for n in v.shape)]
@@ -139,8 +169,7 @@ CASES = [pytest.param(op, shape, id=f"{name}, {shape}") for name, op in OPERATIO
 def test_equals_the_reference_in_float64(op, shape, path):
     """Values and every gradient in float32, odd shapes, on both paths; none of them is zero where the reference's is not."""
     arguments = inputs(op, shape, torch.float32)
-    exact = [v if v is None else v.detach().double().requires_grad_(i in op.wanted) for i, v in enumerate(arguments)]
-    expected = outputs(op.plain, exact, op)
+    expected = outputs(op.plain, exactly(arguments, op), op)
     with kernels.backend(path):
         got = outputs(op.fused, arguments, op)
     nonzero = [i for i, e in enumerate(expected) if e.abs().max() > 1e-9]
@@ -149,20 +178,61 @@ def test_equals_the_reference_in_float64(op, shape, path):
     assert all(g.dtype == torch.float32 for g in got)
 
 
-@needs_triton
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_every_dtype_and_any_strides(name, dtype):
+def test_every_dtype_and_any_strides(name, path):
     """Strided inputs whose gaps hold NaN, in each dtype: what is read outside would show."""
     op = OPERATIONS[name]
-    arguments = inputs(op, op.shapes[0], dtype, strided=True)
-    assert not arguments[0].is_contiguous()
-    exact = [v if v is None else v.detach().double().requires_grad_(i in op.wanted) for i, v in enumerate(arguments)]
+    for dtype in TOLERANCE:
+        arguments = inputs(op, op.shapes[0], dtype, strided=True)
+        assert not arguments[0].is_contiguous()
+        with kernels.backend(path):
+            got = outputs(op.fused, arguments, op)
+        worst = max(off(got, outputs(op.plain, exactly(arguments, op), op)))
+        assert worst < TOLERANCE[dtype] * (2 if path == "reference" else 1), (dtype, worst)  # plain torch rounds after each step
+        assert got[-1].dtype == dtype
+
+
+@needs_triton
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_cotangent_without_strides(name):
+    """`sum().backward()` sends one number, expanded: stride 0 on every axis."""
+    op = OPERATIONS[name]
+    arguments = inputs(op, op.shapes[0], torch.float32)
+
+    def gradients(function, values):
+        found = function(*values, **op.fixed)
+        live = [f for f in (found if isinstance(found, tuple) else (found,)) if f.requires_grad]
+        return torch.autograd.grad(sum((f * (i + 1)).sum() if f.ndim == 0 else f.sum() for i, f in enumerate(live)), [values[i] for i in op.wanted])
+
     with kernels.backend("triton"):
-        got = outputs(op.fused, arguments, op)
-    expected = outputs(op.plain, exact, op)
-    assert max(off(got, expected)) < TOLERANCE[dtype]
-    assert got[-1].dtype == dtype
+        got = gradients(op.fused, arguments)
+    expected = gradients(op.plain, exactly(arguments, op))
+    nonzero = [i for i, e in enumerate(expected) if e.abs().max() > 1e-9]
+    assert nonzero and max(off([got[i] for i in nonzero], [expected[i] for i in nonzero])) < 10 * TOLERANCE[torch.float32]
+
+
+def test_no_second_derivative_is_made_up():
+    """A gradient of a gradient is refused by name, not returned as zero."""
+    op = OPERATIONS["norm_rope, halves"]
+    arguments = inputs(op, op.shapes[0], torch.float32)
+    (first,) = torch.autograd.grad(op.fused(*arguments).square().sum(), arguments[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="norm_rope_backward"):
+        torch.autograd.grad(first.sum(), arguments[:1])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nothing_in_nothing_out(path):
+    """A batch of no samples has empty results and empty gradients."""
+    for name in ("gated_adaln", "norm_rope, halves", "guided_step", "answer_loss", "vlm_patches, as Qwen-VL"):
+        op = OPERATIONS[name]
+        arguments = inputs(op, (0, *op.shapes[0][1:]), torch.float32)
+        with kernels.backend(path):
+            found = op.fused(*arguments, **op.fixed)
+            found = found if isinstance(found, tuple) else (found,)
+            gradients = torch.autograd.grad(sum(f.sum() for f in found), [arguments[i] for i in op.wanted])
+        assert all(len(f) == 0 for f in found)
+        assert all(g.shape == arguments[i].shape and not g.any() for i, g in zip(op.wanted, gradients))
 
 
 @needs_triton
@@ -228,6 +298,112 @@ def test_the_suites_own_block_is_what_they_compute(path):
         assert torch.allclose(stepped, torch.stack([flow.step_renoise(*v) for v in zip(x, branch, t, s, h)]), atol=1e-5)
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_answer_loss_is_what_the_judges_compute(cap, path):
+    """`two_row_margin` of the real judges and `yes_no_loss`, over a right-padded batch; extreme margins; and the loss alone or the margin
+    alone sends the right gradient."""
+    from vlmedit.judging import yes_no_loss
+    from vlmedit.real.judges import two_row_margin
+
+    torch.manual_seed(0)
+    lengths, answers = torch.tensor([5, 2, 4, 1], device=DEVICE), torch.tensor([1, 0, 0, 1], device=DEVICE)
+    head = torch.randn(9, 6, device=DEVICE)
+    for scale in (1.0, 60.0):
+        states = (scale * torch.randn(4, 5, 6, device=DEVICE)).requires_grad_()
+        expected = two_row_margin(states, lengths, head, 3, 7, cap)
+        pair = yes_no_loss(expected, answers, 0.55), expected
+        with kernels.backend(path):
+            mine = kernels.answer_loss(states, head, lengths - 1, answers, 3, 7, 0.55, cap)
+            for got, want in zip(mine, pair):
+                assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+                (there,), (here,) = (torch.autograd.grad(v.sum(), states, retain_graph=True) for v in (want, got))
+                assert there.abs().max() > 1e-3 or cap and scale > 1  # a capped logit of 60 has no slope left
+                assert torch.allclose(here, there, rtol=1e-4, atol=1e-5)
+                assert here[1, 2:].eq(0).all() and here[0, :4].eq(0).all()
+
+
+@needs_triton
+def test_a_position_nobody_checked_gives_nan(monkeypatch):
+    """As on a GPU, where looking would wait for it: no stranger's memory is read, and the loss cannot be mistaken for a number.
+    And a NaN of one question stays at its answer's position."""
+    monkeypatch.setattr(answer, "_look", lambda *a: None)
+    states, head = torch.randn(3, 4, 5, device=DEVICE, requires_grad=True), torch.randn(6, 5, device=DEVICE)
+    for path in ("triton", "reference"):
+        with kernels.backend(path):
+            loss, margin = kernels.answer_loss(states, head, torch.tensor([0, 4, -1], device=DEVICE), torch.ones(3, device=DEVICE), 1, 2)
+        assert loss.isnan().tolist() == margin.isnan().tolist() == [False, True, True]
+    spoiled = states.detach().clone()
+    spoiled[0, 1, 2] = torch.nan
+    for path in ("triton", "reference"):
+        with kernels.backend(path):
+            loss, _ = kernels.answer_loss(spoiled.requires_grad_(), head, torch.tensor([1, 2, 3], device=DEVICE), torch.ones(3, device=DEVICE), 1, 2)
+            (gradient,) = torch.autograd.grad(loss.sum(), spoiled)
+        assert gradient[0, 1].isnan().all() and gradient[0, [0, 2, 3]].eq(0).all() and gradient[1:].isfinite().all()
+
+
+def judge_settings(**more):
+    """What `prepare` of a real judge asks of itself, without a model."""
+    from vlmedit.real.judges import Judge
+
+    me = SimpleNamespace(settings={"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], **more})
+    me.mean, me.std = (torch.tensor(me.settings[k]).view(3, 1, 1) for k in ("image_mean", "image_std"))
+    me.setting, me.normalize = me.settings.__getitem__, lambda v: Judge.normalize(me, v)
+    return me
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_vlm_patches_is_what_the_judges_prepare(path):
+    """Qwen-VL's merged order with two frames and InternVL's pixels, values and gradients of pictures with saturated pixels."""
+    from vlmedit.real.judges import InternVL, QwenVL
+
+    torch.manual_seed(0)
+    picture = (0.8 * torch.randn(3, 11, 14)).to(DEVICE).requires_grad_()
+    qwen = judge_settings(patch_size=2, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 32, "longest_edge": 64})
+    qwen.size = lambda p: QwenVL.size(qwen, p)
+    intern = judge_settings(size={"height": 6, "width": 6})
+    for family, me, layout in ((QwenVL, qwen, {"patch": 2, "merge": 2, "frames": 2}), (InternVL, intern, {})):
+        me.mean, me.std = me.mean.to(DEVICE), me.std.to(DEVICE)
+        want = family.prepare(me, picture)
+        size = me.size(picture) if layout else want.shape[-2:]
+        with kernels.backend(path):
+            (got,) = kernels.vlm_patches(picture[None], me.mean.flatten(), me.std.flatten(), tuple(size), **layout)
+            assert got.shape == want.shape and torch.allclose(got, want, atol=1e-5)
+            cotangent = torch.randn_like(want)
+            (here,), (there,) = (torch.autograd.grad(v, picture, cotangent) for v in (got, want))
+        assert there.abs().max() > 0.1 and torch.allclose(here, there, atol=1e-5)
+        assert here[picture.abs() > 1].abs().min() > 0  # through the clamp
+
+
+def test_patches_times_a_matrix_are_the_towers_convolution():
+    """SigLIP's and CLIP's embedding is a convolution whose stride is its size: the same as patches times its flattened weight."""
+    torch.manual_seed(0)
+    pictures, weight = torch.rand(2, 3, 10, 15, dtype=torch.float64) * 2 - 1, torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    plain = torch.full((3,), 0.5, dtype=torch.float64), torch.full((3,), 0.5, dtype=torch.float64)
+    pixels = kernels.vlm_patches(pictures, *plain, (9, 12))
+    cut = kernels.vlm_patches(pictures, *plain, (9, 12), patch=3)
+    assert torch.allclose(cut @ weight.flatten(1).T, torch.nn.functional.conv2d(pixels, weight, stride=3).flatten(2).mT)
+    assert torch.equal(kernels.vlm_patches(pictures, *plain, (10, 15)), pictures)  # no resize, and (v + 1) / 2 - 1 / 2 over 1 / 2
+
+
+@pytest.mark.parametrize("mode", patches.SUPPORT)
+@pytest.mark.parametrize("sizes", [(37, 14), (14, 37), (9, 9), (1, 4), (4, 1)])
+def test_the_resize_is_pillows(mode, sizes):
+    """The weights of one side against Pillow's own resize, which rounds to 8 bits; in float64 they are torch's to the last digits."""
+    from PIL import Image
+
+    old, new = sizes
+    grays = torch.randint(0, 256, (old, 3), generator=torch.Generator().manual_seed(old), dtype=torch.uint8)
+    picture = Image.fromarray(grays.numpy()).resize((3, new), {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}[mode])
+    matrix, _ = patches.resize_map(old, new, mode)
+    mine = (matrix @ grays.double()).clamp(0, 255)
+    assert (mine - torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(new, 3)).abs().max() <= 0.51
+    if old != new:
+        theirs = torch.nn.functional.interpolate(grays.double()[None, None], size=(new, 3), mode=mode, antialias=True)[0, 0]
+        assert torch.allclose((matrix @ grays.double()), theirs, rtol=1e-12)
+    assert torch.allclose(matrix.sum(1), torch.ones(new, dtype=torch.float64))
+
+
 def test_rotation_of_neighbors_is_diffusers():
     """`interleaved` against FLUX's own function, halves against ours."""
     from diffusers.models.embeddings import apply_rotary_emb
@@ -268,7 +444,7 @@ def test_the_exercises_are_the_kernels():
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", ["gated_adaln", "adaln", "norm_rope, halves", "dmd_step, per sample", "guided_step"])
+@pytest.mark.parametrize("name", ["gated_adaln", "adaln", "norm_rope, halves", "dmd_step, per sample", "guided_step", "answer_loss", "vlm_patches, as Qwen-VL"])
 def test_is_a_proper_custom_op(name, path):
     """torch's own check of schema, fake tensors, autograd's registration and tracing with dynamic shapes."""
     op = OPERATIONS[name]
@@ -279,6 +455,8 @@ def test_is_a_proper_custom_op(name, path):
         "norm_rope, halves": (rope._op, (*a, 1e-6, False)),
         "dmd_step, per sample": (fused_dmd._op, (*a, 2.0, "sample", 1e-6)),
         "guided_step": (sampler._op, (*a, 2.0)),
+        "answer_loss": (answer._op, (*a, 5, 2, 0.4, 3.0)),
+        "vlm_patches, as Qwen-VL": (patches._op, (*a, 4, 8, 2, 2, 2, "bicubic", torch.float32)),
     }[name]
     with kernels.backend(path):
         torch.library.opcheck(node, arguments)
@@ -316,9 +494,9 @@ def test_cpu_tensors_take_the_reference_unless_told_otherwise(monkeypatch):
         def __getitem__(self, grid):
             raise Launched
 
-    for module, name in ((modulation, "_forward"), (rope, "_forward"), (fused_dmd, "_errors"), (sampler, "_forward")):
-        monkeypatch.setattr(module, name, Kernel())
-    for name in ("gated_adaln", "norm_rope, halves", "dmd_step, per sample", "guided_step"):
+    for module in (modulation, rope, fused_dmd, sampler, answer, patches):
+        monkeypatch.setattr(module, "_errors" if module is fused_dmd else "_forward", Kernel())
+    for name in ("gated_adaln", "norm_rope, halves", "dmd_step, per sample", "guided_step", "answer_loss", "vlm_patches, as Qwen-VL"):
         op = OPERATIONS[name]
         arguments = [v.detach().cpu() for v in inputs(op, op.shapes[0], torch.float32)]
         op.fused(*arguments, **op.fixed)
@@ -343,11 +521,19 @@ def test_a_shape_without_a_kernel_goes_to_the_reference_and_says_so_when_asked(m
     assert kernels.adaln(*arguments).shape == (1, 2, 5)
     with kernels.backend("triton"), pytest.raises(RuntimeError, match=r"no Triton kernel for shape \(1, 2, 5\)"):
         kernels.adaln(*arguments)
+    long, plain = torch.rand(1, 1, 1, 400), (torch.zeros(1), torch.ones(1))
+    assert kernels.vlm_patches(long, *plain, (1, 20)).shape == (1, 1, 1, 20)  # 80 taps
+    with kernels.backend("triton"), pytest.raises(RuntimeError, match="a pixel depends on more than 64 others"):
+        kernels.vlm_patches(long, *plain, (1, 20))
 
 
 x345, row = torch.zeros(3, 4, 5), torch.zeros(3, 5)
 head, table = torch.zeros(1, 2, 3, 4), torch.zeros(3, 2)
 flat, time = torch.zeros(2, 3), torch.zeros(2)
+words, first = torch.zeros(6, 5), torch.zeros(3, dtype=torch.int64)  # a language head; the first position of each question
+shot, rgb = torch.zeros(1, 3, 8, 8), torch.ones(3)
+ask = lambda states=x345, head=words, position=first, answers=torch.ones(3), yes=1, no=2, **more: kernels.answer_loss(states, head, position, answers, yes, no, **more)
+cut = lambda pictures=shot, mean=rgb, std=rgb, size=(8, 8), *more, **named: kernels.vlm_patches(pictures, mean, std, size, *more, **named)
 meta = lambda v: v.to("meta")
 BAD = {
     "gate's shape": (lambda: kernels.gated_adaln(x345, x345, row[:2], row, row), ValueError, r"gate has shape \(2, 5\); it must be \(3, 5\)"),
@@ -361,6 +547,32 @@ BAD = {
     "table's shape": (lambda: kernels.norm_rope(head, row[0, :4], table[:2], table), ValueError, r"cos has shape \(2, 2\); it must be \(3, 2\)"),
     "table's device": (lambda: kernels.norm_rope(head, row[0, :4], meta(table), meta(table)), ValueError, "cos is on meta"),
     "table's gradient": (lambda: kernels.norm_rope(head, row[0, :4], table.clone().requires_grad_(), table), ValueError, "detach it"),
+    "no branch": (lambda: kernels.gated_adaln(x345, None, row, row, row), TypeError, "branch is None; it must be a tensor"),
+    "no tensor": (lambda: kernels.adaln(x345.numpy(), row, row), TypeError, "x is of type ndarray; it must be a tensor"),
+    "dmd's device": (lambda: kernels.dmd_step(flat, meta(flat), time, flat, None, flat), ValueError, "eps is on meta and x on cpu"),
+    "step's device": (lambda: kernels.guided_step(flat, flat, meta(flat), flat, time, time), ValueError, "uncond is on meta and x on cpu"),
+    "step's dtype": (lambda: kernels.guided_step(flat, flat.half(), None, flat, time, time), TypeError, "cond is torch.float16 and x is torch.float32"),
+    "states' rank": (lambda: ask(row), ValueError, r"states has shape \(3, 5\); it must be \(questions, positions, width\)"),
+    "head's dtype": (lambda: ask(head=words.half()), TypeError, "weight is torch.float16 and states is torch.float32; cast"),
+    "head's width": (lambda: ask(head=words[:, :4]), ValueError, r"weight has shape \(6, 4\); it must be \(words, 5\)"),
+    "head's gradient": (lambda: ask(head=words.clone().requires_grad_()), ValueError, "weight requires a gradient, which a frozen judge has none of; detach it"),
+    "position's dtype": (lambda: ask(position=first.float()), TypeError, "position is torch.float32; it must be int32 or int64"),
+    "position's device": (lambda: ask(position=meta(first)), ValueError, "position is on meta and states on cpu"),
+    "position outside": (lambda: ask(position=first + 4), ValueError, "position runs from 4 to 4; the sequence has 0 to 3"),
+    "answer's shape": (lambda: ask(answers=torch.ones(2)), ValueError, r"answer has shape \(2,\); it must be \(3,\)"),
+    "unknown word": (lambda: ask(yes=6), ValueError, "yes is token 6; the output layer has 0 to 5"),
+    "one word": (lambda: ask(yes=2), ValueError, "both token 2"),
+    "cap": (lambda: ask(cap=0.0), ValueError, "cap is 0.0; it must be above 0"),
+    "pictures' rank": (lambda: cut(shot[0]), ValueError, r"pictures has shape \(3, 8, 8\); it must be \(batch, channels, height, width\)"),
+    "pictures' dtype": (lambda: cut(shot.byte()), TypeError, "pictures is torch.uint8; it must be one of float16"),
+    "pictures' device": (lambda: cut(meta(shot)), ValueError, "mean is on cpu and pictures on meta"),
+    "mean's shape": (lambda: cut(mean=rgb[:2], std=rgb[:2]), ValueError, r"mean has shape \(2,\); it must be \(3,\)"),
+    "std's gradient": (lambda: cut(std=rgb.clone().requires_grad_()), ValueError, "std requires a gradient"),
+    "patches' size": (lambda: cut(shot, rgb, rgb, (12, 10), 2, 2), ValueError, r"size \(12, 10\) must be a multiple of patch x merge = 4"),
+    "no size": (lambda: cut(size=(0, 8)), ValueError, r"size \(0, 8\), patch None, merge 1 and frames 1 must be at least 1"),
+    "merge alone": (lambda: cut(merge=2), ValueError, "merge is 2 and frames 1 without a patch"),
+    "mode": (lambda: cut(mode="lanczos"), ValueError, "unknown mode 'lanczos'; known: bilinear, bicubic"),
+    "patches' dtype": (lambda: cut(dtype=torch.uint8), TypeError, "dtype is torch.uint8"),
     "norm": (lambda: kernels.dmd_step(flat, flat, time, flat, None, flat, norm="batch"), ValueError, "unknown normalizer 'batch'; known: sample, pixel"),
     "guided without": (lambda: kernels.dmd_step(flat, flat, time, flat, None, flat, guidance=2.0), ValueError, "uncond is None"),
     "dmd's time": (lambda: kernels.dmd_step(flat, flat, time[:1], flat, None, flat), ValueError, r"t has shape \(1,\)"),
@@ -481,7 +693,7 @@ def test_every_kernel_compiles_for_gpus():
     done = python("from vlmedit.kernels.bench import compiled\nfor row in compiled((80, 90)): print(*row)", TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert {r[0] for r in rows} == {"modulation", "rope", "dmd", "sampler"} and len(rows) >= 2 * 12
+    assert {r[0] for r in rows} == {"modulation", "rope", "dmd", "sampler", "answer", "patches"} and len(rows) >= 2 * 18
     assert all(int(r[-1]) > 1000 for r in rows)  # bytes of machine code
 
 
@@ -491,13 +703,17 @@ def test_the_bench_claims_nothing_without_a_gpu(tmp_path, capsys):
     from vlmedit.kernels import bench
 
     bench.main(["--json", str(tmp_path / "bench.json")])
-    assert "Nothing is measured, so nothing is claimed: no CUDA device" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Nothing is measured, so nothing is claimed: no CUDA device" in said and "Missing (-): milliseconds" in said and "norm_rope" in said
     report = json.loads((tmp_path / "bench.json").read_text())
     assert report["measured"] is False and report["reason"] == "no CUDA device" and report["copy_bytes_per_second"] is None
     seen = {(r["operation"], r["side"]) for r in report["rows"]}
-    assert seen == {(o, s) for o in ("gated_adaln", "norm_rope", "dmd_step", "guided_step") for s in (512, 1024)}
+    diffusion = {(o, s) for o in ("gated_adaln", "norm_rope", "dmd_step", "guided_step") for s in (512, 1024)}
+    assert seen == diffusion | {(o, s) for o in ("answer_loss", "vlm_patches") for s in (384, 448)}
+    assert {r["model"] for r in report["rows"]} >= {"Z-Image", "FLUX", "Qwen-Image", "Qwen2.5-VL", "Qwen3-VL", "LLaVA-OneVision"}
     measured = [v for r in report["rows"] for k, v in r.items() if k.endswith(("_ms", "_mib")) or k in ("share_of_copy", "earns_its_place")]
-    assert measured and not any(v is not None for v in measured) and all(r["bytes_moved"] > 0 for r in report["rows"])
+    assert len(measured) >= 9 * len(report["rows"]) and not any(v is not None for v in measured) and all(r["bytes_moved"] > 0 for r in report["rows"])
+    assert any("milliseconds" in what for what in report["not_measured"])
     with pytest.raises(SystemExit):
         bench.main(["--json", str(tmp_path / "nowhere" / "bench.json")])
 
@@ -509,7 +725,8 @@ def test_the_bench_counts_what_moves():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "DTYPE", torch.float32)
-        for case in (bench._modulation("m", 8, 3, 8), bench._rope("m", 8, 3, 2, 4), *bench._latents(32)):
+        cases = bench._modulation("m", 8, 3, 8), bench._rope("m", 8, 3, 2, 4), *bench._latents(32), bench._patches("m", 8, 12, 2, 2, 2), bench._answer("m", 8, 5, 4, 9)
+        for case in cases:
             arguments = case.make("cpu")
             torch.manual_seed(1)
             got = bench._update(case.kernel, arguments)()
@@ -517,6 +734,13 @@ def test_the_bench_counts_what_moves():
             want = bench._update(case.reference, arguments)()
             assert max(off(list(got), list(want))) < 1e-5
             size = arguments[0].nbytes
+            if case.operation == "vlm_patches":
+                with torch.no_grad():
+                    assert case.moved == 2 * size + 2 * case.kernel(*arguments).nbytes
+                continue
+            if case.operation == "answer_loss":
+                assert case.moved == size + (2 + 4) * 4 * 4  # the gradient, a state per question, and two rows twice
+                continue
             assert case.moved // size in {"gated_adaln": (10,), "norm_rope": (5, 6, 7, 8), "dmd_step": (10,), "guided_step": (8,)}[case.operation]
 
 

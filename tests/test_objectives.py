@@ -13,6 +13,7 @@ from vlmedit.objectives import (
     Setting,
     estimates,
     features,
+    gan_loss,
     js_weight,
     kernel,
     log_ratio,
@@ -216,6 +217,22 @@ def test_ratio_loss_is_least_at_the_true_ratio():
     assert loss(0.0) + 1e-3 < min(loss(0.3), loss(-0.3)) and not loss(0.0).requires_grad
 
 
+def test_the_gan_term_s_gradient_is_the_score_difference_weighted():
+    """-log sigmoid(log r) of pictures of one pixel: the derivative is -(1 - t) (score of the teacher - score of the student) / (1 + r), over
+    the batch's size, to 1e-6 (logits are float32); and it points where DMD's points."""
+    x = (0.8 + 0.4 * double(7, 1, 1, 1)).requires_grad_()
+    s = gaussian_setting(x)
+    (found,) = torch.autograd.grad(gan_loss(x, s), x)
+    t, points = s.t.view(-1, 1, 1, 1), interpolate(x.detach(), s.eps, s.t)
+    score = lambda mean, std: -(points - (1 - t) * mean) / variance(t, std)
+    log = lambda mean, std: torch.distributions.Normal((1 - t) * mean, variance(t, std) ** 0.5).log_prob(points)
+    ratio = (log(MEAN, STD) - log(0.8, 0.4)).exp()
+    wanted = -(1 - t) * (score(MEAN, STD) - score(0.8, 0.4)) / (1 + ratio) / 7
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
+    pull = dmd_gradient(x, *dmd_scores(x, s.text, s.teacher, s.fake, 1.0, s.t, s.eps))
+    assert torch.equal(found.sign(), pull.sign())
+
+
 # --- MMD
 
 
@@ -291,6 +308,7 @@ def test_only_the_pictures_get_a_gradient(name):
     teacher, fake = tiny_dit(1).requires_grad_(False), tiny_dit(2)
     if OBJECTIVES[name].ratio:
         fake.ground = ratio_head(fake.config.width)
+        torch.nn.init.normal_(fake.ground.weight)  # an untaught discriminator has no gradient yet
     batch, x = requests("recolor", "remove", "move"), pictures(3, 5).requires_grad_()
     s = Setting(teacher, fake, batch.target_caption, torch.tensor([0.3, 0.6, 0.9]), pictures(3, 6), 2.0, "sample", batch.reference, batch.reference_caption)
     (gradient,) = torch.autograd.grad(OBJECTIVES[name].loss(x, s), x)
@@ -347,11 +365,11 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_trains(folder, tmp_path, name):
-    """Two updates: finite figures, a pull of its own, a changed student; the fake learns unless nobody asks it, and the
+    """Two updates: finite figures, a pull of its own (an adversary's once it has learnt), a changed student; the fake learns unless nobody asks it, and the
     discriminator learns where there is one."""
     steps = list(train_npedit(configuration(tmp_path / "run", folder, matching=name)))
     assert [s.index for s in steps] == [1, 2] and all(np.isfinite(v) for s in steps for v in s.metrics.values())
-    assert steps[0].metrics["gradient_dmd"] > 0 and not steps[0].skipped and steps[0].metrics["calls"] in (3, 6)
+    assert steps[name == "gan"].metrics["gradient_dmd"] > 0 and not steps[0].skipped and steps[0].metrics["calls"] in (3, 6)
     assert ("fake_loss" in steps[0].metrics) == OBJECTIVES[name].fake
     fake = load_file(tmp_path / "run" / "checkpoint" / "fake.safetensors")
     assert (fake["ground.weight"].shape[0] == 1 and fake["ground.weight"].abs().max() > 0) == OBJECTIVES[name].ratio
@@ -399,7 +417,7 @@ def test_words_that_mean_nothing_are_refused_before_training(name):
 
 
 def test_bad_settings_are_named():
-    with pytest.raises(ConfigError, match="matching is 'kl'; known: dmd, f-js, sid, pseudo-huber, mmd"):
+    with pytest.raises(ConfigError, match="matching is 'kl'; known: dmd, f-js, sid, pseudo-huber, mmd, gan"):
         NPEditConfig.make("smoke", matching="kl")
     with pytest.raises(ConfigError, match="batch is 1; matching 'mmd' compares pictures with each other: it must be at least 2"):
         NPEditConfig.make("smoke", matching="mmd", batch=1)

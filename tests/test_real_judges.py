@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from vlmedit.judging import answer_margins, asked, judge_loss, see
 from vlmedit.real import tiny
-from vlmedit.real.judges import FAMILIES, Blind, Ensemble, fitting_size, load_judge, preprocessor_settings
+from vlmedit.real.judges import FAMILIES, Blind, Ensemble, fitting_size, lanczos, load_judge, preprocessor_settings, two_row_margin
 from vlmedit.real.requests import Book, Request, batch_of
 
 PIL = {
@@ -21,6 +21,8 @@ PIL = {
     "qwen3-vl": "qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil",
     "llava-onevision": "llava_onevision.image_processing_pil_llava_onevision.LlavaOnevisionImageProcessorPil",
     "internvl": "got_ocr2.image_processing_pil_got_ocr2.GotOcr2ImageProcessorPil",
+    "smolvlm": "smolvlm.image_processing_pil_smolvlm.SmolVLMImageProcessorPil",
+    "paligemma2": "siglip.image_processing_pil_siglip.SiglipImageProcessorPil",
 }
 SIZES = ((32, 32), (40, 24), (20, 64))
 
@@ -69,7 +71,7 @@ def test_preprocessing_is_the_processors(judge, name, saved, size):
     pil = to_pil(x)
     images = [[pil, pil]] if name == "llava-onevision" else [pil]
     theirs = torch.as_tensor(np.asarray(processor(name, saved)(images, return_tensors="pt")["pixel_values"]))
-    theirs = theirs[0, 0] if name == "llava-onevision" else theirs[0] if name == "internvl" else theirs
+    theirs = theirs[0, 0] if name in ("llava-onevision", "smolvlm") else theirs[0] if name in ("internvl", "paligemma2") else theirs
     assert ours.shape == theirs.shape
     unit = 1 / 255 / float(judge.std.min())
     off = (ours - theirs).abs()
@@ -99,7 +101,8 @@ def test_margins_are_the_models_own(judge, name):
                 more = dict(image_sizes=torch.tensor([[32, 32]] * len(row)), batch_num_images=torch.tensor([2] * len(row)))
                 pixels = torch.stack(prepared)[:, None]
             else:
-                pixels = torch.stack(prepared) if name == "internvl" else torch.cat(prepared)
+                pixels = torch.stack(prepared) if name in ("internvl", "paligemma2", "smolvlm") else torch.cat(prepared)
+                pixels = pixels[None] if name == "smolvlm" else pixels
             whole = judge.model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, **more).logits[0, -1]
             torch.testing.assert_close(margins[i], whole[judge.config.yes_token_id] - whole[judge.config.no_token_id], atol=1e-4, rtol=1e-3)
             torch.testing.assert_close(logits[i], whole, atol=1e-4, rtol=1e-3)
@@ -203,7 +206,130 @@ def test_the_miniatures_preprocessing_is_untouched():
     assert torch.equal(see(x, 8), x + (x.clamp(-1, 1) - x).detach()) and torch.equal(see(x, 8, False), x.clamp(-1, 1))
 
 
+def test_written_answers(judge):
+    """Greedy words to a batch with two pictures, one of another size, and none are those of each row alone; the first token is the
+    largest of the answer's logits."""
+    rows = [(smooth(32, 32, 1), smooth(32, 32, 2)), (smooth(40, 24),), ()]
+    texts = ["was it done?", "a much longer question about what is to be seen in here", "and without a picture?"]
+    said = judge.write(rows, texts, 4)
+    assert said == [judge.write([row], [text], 4)[0] for row, text in zip(rows, texts)] and said == judge.write(rows, texts, 4)
+    with torch.no_grad():
+        first = judge.answer_logits(rows[:2], texts[:2]).argmax(1)
+    assert judge.write(rows[:2], texts[:2], 1) == [judge.tokenizer.decode([i], skip_special_tokens=True).strip() for i in first.tolist()]
+
+
+@pytest.mark.parametrize(("size", "new"), [(20, 7), (7, 20), (32, 32), (100, 33), (5, 96)])
+def test_lanczos_is_pillows(size, new):
+    """The matrix, applied to a row of floats, gives what Pillow gives (which keeps its own coefficients in doubles), to 1e-5."""
+    row = np.random.default_rng(0).random((1, size), dtype=np.float32)
+    theirs = np.asarray(Image.fromarray(row).resize((new, 1), Image.Resampling.LANCZOS))
+    np.testing.assert_allclose(row @ lanczos(size, new).T.numpy(), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(50, 35), (35, 60), (200, 30)])
+def test_smolvlm_resizes_twice(saved, size):
+    """To the longest edge, then to the tile, as its processor does on the way up and down: both steps in one map, within the roundings of
+    two 8-bit pictures."""
+    judge = load_judge(saved / "smolvlm")
+    judge.settings = {**judge.settings, "size": {"longest_edge": 96}}
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+    settings = {k: v for k, v in judge.settings.items() if k != "image_processor_type"}
+    x = smooth(*size)
+    theirs = SmolVLMImageProcessorPil(**settings)([to_pil(x)], return_tensors="pt")["pixel_values"][0, 0]
+    off = (judge.prepare(x) - theirs).abs() * 255 * 0.5  # in 8-bit steps
+    assert off.mean() < 0.8 and off.max() < 8
+
+
+def test_a_gray_picture_is_seen_too(saved):
+    """SmolVLM's own features leave an all-gray picture out, as padding; here it counts like any other, so that a blind judge works."""
+    judge = load_judge(saved / "smolvlm")
+    gray = torch.zeros(3, 32, 32)
+    assert judge.prepare(gray).abs().max() < 1e-6 and judge.look([gray])[0].pooler_output.shape == judge.look([smooth(32, 32)])[0].pooler_output.shape
+    assert Blind(judge).logit_margin([(gray, smooth(32, 32))], ["done?"]).isfinite().all()
+
+
+def test_idefics3_has_smolvlms_adapter(tmp_path):
+    """The elder class by the same adapter: margins of its stock forward."""
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+    folder = tiny.save_judge("smolvlm", tmp_path / "s")
+    config = json.loads((folder / "config.json").read_text())
+    vision = {**config["vision_config"], "model_type": "idefics3_vision"}
+    torch.manual_seed(0)
+    model = Idefics3ForConditionalGeneration(Idefics3Config(vision_config=vision, text_config=config["text_config"], image_token_id=config["image_token_id"], scale_factor=2))
+    model.save_pretrained(folder)
+    judge = load_judge(folder)
+    row = (smooth(32, 32, 1), smooth(20, 64, 2))
+    ids = torch.tensor([judge.tokenizer.encode(judge.prompt("done?", row), add_special_tokens=False)])
+    with torch.no_grad():
+        whole = judge.model(input_ids=ids, pixel_values=torch.stack([judge.prepare(p) for p in row])[None]).logits[0, -1]
+        margin = judge.logit_margin([row], ["done?"])
+    torch.testing.assert_close(margin[0], whole[judge.config.yes_token_id] - whole[judge.config.no_token_id], atol=1e-5, rtol=1e-4)
+
+
+def test_capped_logits():
+    """Gemma 2 caps its logits: the margin is the difference of the capped ones, not the capped difference."""
+    states, weight = torch.tensor([[[1.0, 2.0], [30.0, -20.0]]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    margin = two_row_margin(states, torch.tensor([2]), weight, 0, 1, cap=30.0)
+    torch.testing.assert_close(margin, 30 * torch.tanh(torch.tensor([1.0])) - 30 * torch.tanh(torch.tensor([-20 / 30])))
+    assert margin < two_row_margin(states, torch.tensor([2]), weight, 0, 1) == 50
+
+
+def test_families_answer_in_their_own_words(saved):
+    """By default the answers are those that a family's checkpoints write: with a space, or in small letters; others can be asked for."""
+    ids = {n: load_judge(saved / n) for n in ("internvl", "smolvlm", "paligemma2")}
+    words = {n: j.tokenizer.decode([j.config.yes_token_id]) for n, j in ids.items()}
+    assert words == {"internvl": "Yes", "smolvlm": " Yes", "paligemma2": "yes"}
+    assert load_judge(saved / "smolvlm", answers=("Yes", "No")).config.yes_token_id != ids["smolvlm"].config.yes_token_id
+
+
 # --- bad input
+
+
+@pytest.mark.parametrize("name", tiny.JUDGES)
+def test_a_context_for_one_picture_is_refused(name, tmp_path):
+    """A judge whose context does not hold two pictures and a question: one error, before its weights are read (there are none)."""
+    folder = tiny.save_judge(name, tmp_path / name)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 100
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="too small for two pictures: [0-9]+ visual tokens each .* its context of 100"):
+        load_judge(folder)
+
+
+def test_code_of_a_checkpoint_is_not_run(tmp_path):
+    """A checkpoint that brings its own modeling code is refused, the code untouched, and so is a class that nobody knows."""
+    code = {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig", "AutoModel": "modeling_internvl_chat.InternVLChatModel"}
+    (tmp_path / "configuration_internvl_chat.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass InternVLChatConfig: pass\n")
+    for config in ({"model_type": "internvl_chat", "auto_map": code}, {"model_type": "never_heard_of"}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="does not have, or brings code of its own, which is not run .*-hf"):
+            load_judge(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_bf16_agrees_with_fp32(judge, name, saved):
+    """The same weights rounded to bf16: margins of size 1 within 0.08 (bf16 keeps 8 bits, and the tiny judges have four layers)."""
+    half = load_judge(saved / name, dtype=torch.bfloat16)
+    rows, questions = [(smooth(32, 32, 1), smooth(32, 32, 2)), (smooth(32, 32, 3),)], ["was it done?", "is there a dog?"]
+    with torch.no_grad():
+        exact, rounded = (j.logit_margin(rows, questions) for j in (judge, half))
+    assert rounded.dtype == torch.float32 and (exact - rounded).abs().max() < 0.08 and not torch.equal(exact, rounded)
+
+
+def test_a_question_longer_than_the_context_is_refused(saved):
+    judge = load_judge(saved / "internvl")
+    with pytest.raises(ValueError, match="tokens, the judge's context 1024; ask shorter"):
+        judge.logit_margin([(smooth(32, 32),)], ["why? " * 400])
+
+
+def test_sizes_of_older_files(tmp_path):
+    """Qwen2.5-VL's files name pixels, not a size; the processor takes them, and so do we."""
+    settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "min_pixels": 256, "max_pixels": 2304, "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert preprocessor_settings(tmp_path)["size"] == {"shortest_edge": 256, "longest_edge": 2304}
 
 
 def test_unusable_judges_are_refused_before_weights_are_read(saved, tmp_path, monkeypatch):

@@ -71,6 +71,26 @@ def test_each_training_starts_from_the_one_before(make):
     assert study.prepare(make("judge_size"), "shipped", 0)[0].config.judge == plan.models["judge"]
 
 
+def test_a_second_judge_joins_the_first(make):
+    """Both judges: the schooled one is the second, the plan's stays the first; the editor's name depends on who was schooled, not where."""
+    plan = make("asking")
+    school, taught = study.prepare(plan, "both judges", 0)
+    assert taught.config.second == str(Path(school.config.out) / "model") and taught.config.judge == plan.models["judge"]
+    other_school, other = study.prepare(plan, "another judge", 0)
+    assert other_school == school and other.config.judge == taught.config.second and other.config.second is None
+    elsewhere = study.prepare(make("asking", runs="elsewhere"), "both judges", 0)[1]
+    assert elsewhere.key == taught.key != study.prepare(plan, "as schooled", 0)[0].key and elsewhere.config.second != taught.config.second
+
+
+def test_the_unpaired_rivals_start_alike_and_see_no_pair(make):
+    """One student for all, the plan's teacher and judge where a rival asks them; the only stage with targets is the paired rival's."""
+    plan = make("unpaired")
+    for arm in plan.arms:
+        first = study.prepare(plan, arm, 0)[0]
+        assert first.config.student == plan.models["student"] and getattr(first.config, "teacher", plan.models["teacher"]) == plan.models["teacher"]
+        assert (first.stage == "sft") == (arm == "paired SFT")
+
+
 def test_shares_of_the_requests_are_counted(make):
     plan = study.plan("data", "laptop", updates=50, overrides=make("data").models | {"side": SIDE}, out="x", runs="y")
     assert [study.prepare(plan, arm, 0)[0].config.pool for arm in ("1 %", "50 %", "100 %")] == [16, 800, 1600]

@@ -1,4 +1,4 @@
-"""The command line: `vlmedit doctor | train | edit | eval | data | notebook | study`. Each command takes `--json FILE`.
+"""The command line: `vlmedit doctor | train | edit | eval | export | data | bench | notebook | study`. Each command takes `--json FILE`.
 
 Exit codes: 0 done, 1 a check of `doctor`, a notebook or an arm of a study failed, 2 bad input (one message, no traceback, nothing half-written), 130 interrupted.
 Heavy imports wait until a command has checked what it was given.
@@ -198,23 +198,32 @@ def train(
     config: Path | None = None,
     set: tuple[str, ...] = (),
     out: Path | None = None,
+    dry_run: bool = False,
     json: JsonFile = None,
 ) -> int:
     """Train: the README's main job, or one stage. The same command resumes a run that was stopped.
 
+    Settings that name a backbone train real models: `train npedit --config zimage_internvl` (shipped), `train warmup` their copy warm-up.
+
     Args:
-        stage: main, or one of the stages teacher, judge, warmup, npedit, sft, grpo, distill.
+        stage: main, or one of the stages teacher, judge, warmup, npedit, sft, grpo, synthetic, cyclegan, bootstrap, distill.
         tier: smoke (seconds), laptop (the shipped checkpoints) or gpu (a larger world).
-        config: Settings as a .json or .yaml file, for example a run folder's config.json.
+        config: Settings as a .json or .yaml file, for example a run folder's config.json, or the name of shipped ones for real models.
         set: Settings as key=value; they win over the file.
         out: Run folder.
+        dry_run: Of a real run: print memory and FLOPs per role and load nothing.
     """
     _raise(_check_json(json))
     if out is not None:
         check_writable(out, "folder")
         check_space(out, RUN_BYTES)
     given = (read_settings(config) if config else {}) | parse_pairs(set) | ({"out": str(out)} if out else {})
-    result = train_main(tier, given) if stage == "main" else train_stage(stage, tier, given)
+    if stage in ("npedit", "warmup") and "backbone" in given:
+        result = train_real(stage, tier, given, dry_run)
+    elif dry_run:
+        raise InputError("--dry-run counts runs of real models; the settings name no backbone (--config zimage_internvl, for example)")
+    else:
+        result = train_main(tier, given) if stage == "main" else train_stage(stage, tier, given)
     if json:
         save_json(result, json)
     return 0
@@ -224,6 +233,10 @@ def read_settings(path: Path) -> dict:
     """Settings of a .json or .yaml file. Raises `ConfigError` for anything but a mapping."""
     import yaml
 
+    if not path.exists() and path.suffix.lower() in ("", ".yaml"):
+        from vlmedit.real.settings import find_config
+
+        path = find_config(path)
     if path.suffix.lower() not in (".json", ".yaml", ".yml"):
         raise ConfigError(f"--config {path}: unknown ending {path.suffix!r}; give a .json or .yaml file")
     try:
@@ -307,6 +320,33 @@ def train_stage(stage: str, tier: str, given: dict) -> dict:
     return {"stage": stage, "tier": tier, **watch.record(), "metrics": last, "seconds": round(time.time() - began, 2)}
 
 
+def train_real(stage: str, tier: str, given: dict, dry_run: bool) -> dict:
+    """Run a stage on real models, or count what it would cost."""
+    from vlmedit.real.settings import CopyConfig, RealConfig
+
+    config_class = RealConfig if stage == "npedit" else CopyConfig
+    config = config_class.make(tier, **typed(config_class, given))
+    if dry_run:
+        from vlmedit.real import plan
+
+        found = plan.plan(config)
+        plan.show(found)
+        return {"stage": stage, "dry_run": True, **found.report()}
+    check_writable(Path(config.out), "folder")
+    check_space(Path(config.out), RUN_BYTES)
+    from vlmedit.real import train as real
+
+    began = time.time()
+    with following(stage, config) as watch:
+        for step in (real.train_real if stage == "npedit" else real.train_copy)(config):
+            watch(step)
+    if watch.step is None:
+        _say(f"nothing left to do: {config.out} holds a finished run of {config.steps} updates")
+    else:
+        _table(f"{stage}, {watch.step.index} updates", watch.step.metrics)
+    return {"stage": stage, "tier": tier, **watch.record(), "metrics": watch.step.metrics if watch.step else {}, "seconds": round(time.time() - began, 2)}
+
+
 def train_main(tier: str, given: dict) -> dict:
     """Run the README's main job; returns its configuration and what the oracle measured."""
     from vlmedit.train.config import NPEditConfig
@@ -357,27 +397,64 @@ def following(stage: str, config) -> Iterator[Watch]:
 
 
 def data(
+    action: Positional[Literal["examples", "prepare", "shards"]] = "examples",
+    source: Positional[Path | None] = None,
     *,
     out: Path,
     n: int = 16,
     seed: int = 0,
     task: Literal["unpaired", "captioned", "paired"] = "unpaired",
-    side: int = 32,
+    side: int | None = None,
+    vlm: str = "",
+    llm: str = "",
+    layout: str = "folder",
+    kinds: tuple[str, ...] = (),
+    per_picture: int = 3,
+    repeats: int = 20,
+    batch: int = 8,
+    kind: Literal["tar", "parquet"] = "tar",
+    per_shard: int = 1000,
     json: JsonFile = None,
 ) -> int:
-    """Write example training data as pictures, a data.jsonl (a manifest that `vlmedit edit` reads) and a contact sheet.
+    """Write example training data of the miniature, or make unpaired data for real models out of pictures.
+
+    examples: pictures, a data.jsonl (a manifest that `vlmedit edit` reads) and a contact sheet. prepare FOLDER: a vision-language model
+    proposes, checks and captions edits of the folder's pictures; the same command goes on where it was stopped. shards MANIFEST: a
+    manifest and its pictures as tar or parquet files.
 
     Args:
-        out: A new folder.
+        action: examples (default), prepare or shards.
+        source: The folder of pictures, or the manifest.
+        out: A new folder; for prepare and shards also the one of an interrupted run.
         n: Examples.
-        seed: Of the examples.
+        seed: Of the examples, or of the edit types drawn for a picture.
         task: unpaired (what the no-pair editor learns from), captioned (the teacher) or paired (the paired rivals alone).
-        side: Pixels per side of the pictures.
+        side: Pixels per side of the examples (32), or of the longer side that the model is shown (512).
+        vlm: prepare: a vision-language model, folder or id.
+        llm: prepare: a language model that proposes and writes target captions; by default the VLM.
+        layout: prepare: folder, pico-banana, gpt-image-edit, magicbrush, npedit or manifest. Targets are never read.
+        kinds: prepare: edit types to propose, all by default.
+        per_picture: prepare: instructions proposed per picture.
+        repeats: prepare: how often one instruction may come altogether.
+        batch: prepare: pictures at a time.
+        kind: shards: tar (as webdataset reads them) or parquet.
+        per_shard: shards: pictures per file.
     """
+    _raise(_at_least(n=(n, 1), seed=(seed, 0), side=(side or 16, 16), batch=(batch, 1), repeats=(repeats, 1), per_shard=(per_shard, 1)) + _check_json(json))
+    check_writable(out, "folder")
+    if action != "examples":
+        if source is None:
+            raise InputError(f"data {action} needs {'a folder of pictures' if action == 'prepare' else 'a manifest'}: vlmedit data {action} SOURCE --out {out}")
+        words = tuple(w.strip() for text in kinds for w in text.split(",") if w.strip())
+        result = data_shards(source, out, kind, per_shard) if action == "shards" else data_prepare(source, out, vlm, llm, layout, words, per_picture, side or 512, seed, batch, repeats)
+        if json:
+            save_json(result, json)
+        return 0
+    if source is not None:
+        raise InputError(f"{source}: examples are drawn, not read; did you mean vlmedit data prepare {source}?")
     from vlmedit.samples import write_samples
 
-    _raise(_at_least(n=(n, 1), seed=(seed, 0), side=(side, 16)) + _check_json(json))
-    check_writable(out, "folder")
+    side = side or 32
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out}: the folder is not empty; name a new one")
     check_space(out, n * (6 * side * side + 20_000))
@@ -386,6 +463,114 @@ def data(
         save_json(result, json)
     print(f"{n} {task} examples in {out}")
     return 0
+
+
+def data_shards(manifest: Path, out: Path, kind: str, per_shard: int) -> dict:
+    """Pack a manifest."""
+    from vlmedit.real.datasets import read_items, write_shards
+
+    items = read_items(manifest)
+    paths = write_shards(items, out, kind, per_shard)
+    print(f"{len(items)} requests in {len(paths)} {kind} files in {out}")
+    return {"out": str(out), "kind": kind, "requests": len(items), "files": [p.name for p in paths]}
+
+
+def load_model(load, option: str, folder: str, half: bool = True):
+    """A model by folder or id, on a GPU where there is one (in bf16 if `half`); what is wrong with it as `InputError`."""
+    import torch
+
+    try:
+        if not torch.cuda.is_available():
+            return load(folder)
+        return load(folder, **({"dtype": torch.bfloat16} if half else {})).to("cuda")
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(f"{option} {folder}: {error}") from error
+
+
+def data_prepare(source: Path, out: Path, vlm: str, llm: str, layout: str, kinds: tuple[str, ...], per_picture: int, side: int, seed: int, batch: int, repeats: int) -> dict:
+    """Make a manifest of a folder of pictures."""
+    if not vlm:
+        raise InputError("--vlm is missing: name a vision-language model by folder or id, for example --vlm Qwen/Qwen2.5-VL-7B-Instruct")
+    from vlmedit.real.datasets import read_dataset
+    from vlmedit.real.prepare import KINDS, Settings, prepare
+    from vlmedit.real.writers import load_writer
+
+    settings = Settings(str(source), layout, vlm, llm or None, kinds or tuple(KINDS), per_picture, side, seed)
+    next(read_dataset(source, layout))  # before any weight is read
+    writer = load_model(load_writer, "--vlm", vlm)
+    scribe = load_model(load_writer, "--llm", llm) if llm else None
+    with _progress() as progress:
+        task = progress.add_task("pictures", total=None, note="")
+        for step in prepare(out, settings, writer, scribe, batch, repeats):
+            progress.update(task, completed=step.pictures, note=f"{step.kept} kept, {step.refused} refused")
+    report = read_json(out / "report.json")
+    print(f"{report['kept']} requests of {report['pictures']} pictures in {out / 'manifest.jsonl'}; {report['refused']} refusals, see {out / 'report.html'}")
+    return report
+
+
+def bench(
+    name: Positional[Literal["gedit", "imgedit", "dreambooth"]],
+    folder: Positional[Path],
+    *,
+    edits: Path,
+    out: Path,
+    judge: str = "",
+    clip: str = "",
+    dino: str = "",
+    language: Literal["en", "cn"] = "en",
+    batch: int = 4,
+    side: int = 1024,
+    partial: bool = False,
+    json: JsonFile = None,
+) -> int:
+    """Measure edited pictures on a public benchmark: VIEScore by a local judge, CLIP-T, CLIP-I and DINO.
+
+    The same command goes on where it was stopped. Writes cases/KEY.json with the judge's words, result.json and contact.png.
+
+    Args:
+        name: The benchmark.
+        folder: Of the benchmark, as it is published.
+        edits: Folder of the edited pictures: GEdit-Bench fullset/TASK/LANGUAGE/KEY.png or KEY.png, ImgEdit-Bench KEY.png, DreamBooth SUBJECT/NN.png.
+        out: Folder of the results.
+        judge: A vision-language model by folder or id; it answers greedily.
+        clip: A CLIP by folder or id, for CLIP-T and CLIP-I.
+        dino: A DINO by folder or id, for example facebook/dino-vits16.
+        language: Of GEdit-Bench's instructions.
+        batch: Cases at a time.
+        side: Pixels of the longer side that the judge is shown at most.
+        partial: Measure the edits that are there, even if some are missing.
+    """
+    from vlmedit.real.benchmarks import Encoder, find_edits, measure, read_benchmark
+    from vlmedit.real.judges import load_judge
+
+    _raise(_at_least(batch=(batch, 1), side=(side, 32)) + _check_json(json))
+    check_writable(out, "folder")
+    if not (judge or clip or dino):
+        raise InputError("nothing to measure with: name a --judge, a --clip or a --dino")
+    cases = read_benchmark(name, folder, language)
+    pairs = find_edits(cases, edits, partial)
+    models = [
+        load_model(load_judge, "--judge", judge) if judge else None,
+        *(load_model(Encoder, option, place, half=False) if place else None for option, place in (("--clip", clip), ("--dino", dino))),
+    ]
+    with _progress() as progress:
+        task = progress.add_task(name, total=len(pairs), note="")
+        for done in measure(name, pairs, out, *models, language, batch, side, len(cases)):
+            progress.update(task, completed=done)
+    result = read_json(out / "result.json")
+    for which, found in result["sets"].items():
+        _table(f"{name}, {which} set, {found['n']} cases", {k: v["average"] for k, v in found.items() if k != "n"})
+    if result["unreadable"]:
+        _say(f"{result['unreadable']} of {len(pairs)} answers of the judge could not be read; they count in no average (see {out / 'cases'})")
+    if json:
+        save_json(result, json)
+    return 0
+
+
+def read_json(path: Path) -> dict:
+    import json
+
+    return json.loads(path.read_text())
 
 
 def notebook(
@@ -566,7 +751,37 @@ def _cell_outcome(cell) -> str:
     return ", ".join(f"{way} {m['success']:.3f}" for way, m in cell["ways"].items())
 
 
-COMMANDS = {"doctor": doctor, "train": train, "edit": edit, "eval": evaluate, "data": data, "notebook": notebook, "study": study}
+def export(
+    run: Positional[Path],
+    *,
+    out: Path,
+    kind: Literal["full", "adapter"] = "full",
+    push: str = "",
+    json: JsonFile = None,
+) -> int:
+    """Write the student of a run on real models as a diffusers pipeline that needs nothing of this package.
+
+    Args:
+        run: The folder of a finished run.
+        out: A new folder.
+        kind: full (a whole pipeline) or adapter (the LoRA weights alone).
+        push: Also upload it to this repository of the Hub, OWNER/NAME; private.
+    """
+    _raise(_check_json(json))
+    check_writable(out, "folder")
+    from vlmedit.models.pipeline import quiet
+    from vlmedit.real import export as real
+
+    with quiet(), disk_errors(out):
+        real.export(run, out, kind)
+    address = real.push_to_hub(out, push) if push else None
+    print(address or f"the pipeline is in {out}; its README.md says how to run it")
+    if json:
+        save_json({"out": str(out), "kind": kind, "address": address}, json)
+    return 0
+
+
+COMMANDS = {"doctor": doctor, "train": train, "edit": edit, "eval": evaluate, "export": export, "data": data, "bench": bench, "notebook": notebook, "study": study}
 
 
 def join_parameters(args: Sequence[str]) -> list[str]:

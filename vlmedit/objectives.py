@@ -10,13 +10,16 @@ through the unroll. Below mu_r and mu_f are the teacher's (guided) and the fake 
                   For an exact mu_f and a = 1/2 its gradient is half that of the Fisher divergence E|mu_r - mu_f|^2.
 * `pseudo-huber`  D^T (x - mu_f) / sqrt(|D|^2 + k^2), D = mu_f - mu_r frozen nets, through x_t: the gradient of the score divergence
                   E[sqrt(|D|^2 + k^2) - k] at the student's own pictures; Diff-Instruct* is this plus a reward   [arXiv:2410.20898]
+* `gan`           no score: E softplus(-log r(x_t)), what DMD2 adds to DMD, by itself; r as in `f-js`            [arXiv:2405.14867]
 * `mmd`           E k(f, f') - 2 E k(f, g) + E k(g, g'): no score, no fake updates; f and g are features of the student's pictures with
                   their target captions and of references with theirs, read off the frozen teacher              [arXiv:2301.07969]
+
+DMD2 is `dmd` with `NPEditConfig.gan_weight`: any objective with a fake score may have `gan_loss` added.
 
 Shapes: x, eps (B, 3, S, S); t (B,); text (B, L) ids. Losses are means over pixels, as DMD's.
 Deviates: `sid` and `pseudo-huber` weigh all t alike (w = 1 in clean-estimate units); `f-js` has no GAN term for the student, and divides
 its weights by their mean over the batch, not the ratio by its mean per t; `mmd` reads features of the teacher (the source: of an image
-encoder) and adds the caption to them.
+encoder) and adds the caption to them; DMD2's discriminator is three convolutions on the fake's features, here it is one linear map.
 No objective sees a target picture: what stands for real pictures are the references.
 """
 
@@ -130,6 +133,12 @@ def f_js(x: Tensor, s: Setting) -> Tensor:
     return dmd_loss(x, weight.view(-1, *[1] * (x.ndim - 1)) * dmd_gradient(x, real, fake, s.norm))
 
 
+def gan_loss(x: Tensor, s: Setting) -> Tensor:
+    """The generator's non-saturating loss, -log D of the noised pictures with D = sigmoid(log r); the discriminator is the fake's head,
+    trained by `ratio_loss`. DMD2 [arXiv:2405.14867]."""
+    return F.softplus(-log_ratio(s.fake, interpolate(x, s.eps, s.t), s.t, s.text)[0]).mean()
+
+
 # the mean discrepancy
 
 
@@ -188,4 +197,5 @@ OBJECTIVES = {
     "sid": Objective(sid),
     "pseudo-huber": Objective(pseudo_huber),
     "mmd": Objective(mmd, fake=False),
+    "gan": Objective(gan_loss, ratio=True),
 }

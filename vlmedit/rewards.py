@@ -5,7 +5,7 @@ probability of the right answer per question.
 
 * `judge`            the frozen VLM's two questions (judging.py); with `panel.others`, the mean of all judges' losses, which is a product
                      of experts; `wording` asks in other words, `augment` shows the pictures shifted and speckled, both alike
-* `teacher`          no VLM for the edit: the teacher as classifier [Diffusion Classifier, arXiv:2303.16203, Eq. 6],
+* `teacher`          no VLM for the edit: the teacher as classifier [Diffusion Classifier, arXiv:2303.16203],
                          m = scale E_{t,eps}[ |v - v_phi(x_t, t, c_source)|^2 - |v - v_phi(x_t, t, c_target)|^2 ],  p = sigmoid(m),
                      with the same t and eps under both captions; the VLM is asked about identity alone, if at all (`identity`)
 
@@ -57,7 +57,7 @@ class TeacherJudge:
 
     teacher: nn.Module
     draws: int = 2  # levels and noises per picture
-    scale: float = 30.0
+    scale: float = 50.0
 
     def margin(self, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
         """m (B,) of pictures x for the captions `target` against `source` (B, L) ids; positive: rather the target. Levels are
@@ -136,7 +136,7 @@ class Panel:
     wording: str = "schooled"
     augment: bool = False
     teacher_draws: int = 2
-    teacher_scale: float = 30.0
+    teacher_scale: float = 50.0
 
 
 def judges(panel: Panel, batch: UnpairedBatch, x: Tensor, gain: float) -> tuple[Tensor, Tensor]:

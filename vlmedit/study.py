@@ -8,7 +8,8 @@ Whatever an arm does not say is the tier's configuration, from the shipped warm 
     study.write_tables(plan)
 
 * Cost: every cell records the student's calls on one picture (`calls`) and the process's CPU-seconds (`cpu_seconds`) of its
-  trainings; a judge that an arm schools for itself is counted apart (`judge_cpu_seconds`).
+  trainings; a judge that an arm schools for itself is counted apart (`judge_cpu_seconds`). What the teacher does for an arm, synthetic
+  pairs for instance, shows in the seconds alone.
 * Trainings live in `runs/STAGE-HASH`, named by their configuration and the weights they start from, so that arms and studies
   that share one train it once. Results live in `out`: cells/*.json, table.csv, table.json, plot.png.
 * A finished cell is not repeated, a stopped training goes on from its checkpoint, a failed cell is recorded and tried again next time.
@@ -48,7 +49,7 @@ RUNS = Path("runs/studies")
 UPDATES = {"smoke": 2, "laptop": 300, "gpu": 3000}  # of the student, unless said
 REQUESTS = {"smoke": 8, "laptop": 512, "gpu": 2048}  # held-out edits
 ROLES = {"teacher": "teacher", "judge": "judge", "student": "warm"}  # what all arms start from, and its shipped checkpoint
-PATHS = (*ROLES, "softener", "start")  # settings that name a model's folder
+PATHS = (*ROLES, "second", "softener", "start")  # settings that name a model's folder
 CELL_BYTES = 80 * 2**20  # disk space of one training while it runs
 
 
@@ -87,6 +88,9 @@ def npedit(ways: Sequence[str] = ("4 steps",), **settings) -> Arm:
 def schooled(size: str) -> Arm:
     """The no-pair editor under a judge of its own, schooled from nothing for half of what the shipped one was."""
     return Arm((Part("judge", dict(size=size, attack_from=500), updates=1500, gives="judge"), Part("npedit")))
+
+
+OTHER = dict(size="small", attack_from=500)  # settings of a second judge, those of `schooled("small")`
 
 
 # How a model is used: settings of `evaluate.evaluate_student`, or with an `editor` of `training_free.edit_by_captions`.
@@ -128,7 +132,56 @@ STUDIES: dict[str, Study] = {
             "f-distill JS": npedit(matching="f-js"),
             "SiD": npedit(matching="sid"),
             "pseudo-Huber": npedit(matching="pseudo-huber"),
+            "DMD + GAN": npedit(gan_weight=0.5),
+            "GAN": npedit(matching="gan", dmd_weight=2.0),  # its gradient is half of DMD's at the start [X]
             "MMD": npedit(matching="mmd", dmd_weight=12.0),  # its gradient is a twelfth of DMD's at the start; the others' are alike [X]
+        },
+    ),
+    "reward": Study(
+        "is the reward's gradient enough without distribution matching, and what must then hold the student",
+        {
+            "NP-Edit": npedit(),
+            "judge only": npedit(dmd_weight=0.0),
+            "ReFL": npedit(dmd_weight=0.0, gradient_calls=1, pretrain_weight=1.0),
+            "DRaFT-1": npedit(dmd_weight=0.0, calls="all", gradient_calls=1),
+            "DRaFT-2": npedit(dmd_weight=0.0, calls="all", gradient_calls=2),
+            "DRaFT (all calls)": npedit(dmd_weight=0.0, calls="all"),
+            "AlignProp": npedit(dmd_weight=0.0, calls="all", truncate="random"),
+            "R0": npedit(dmd_weight=0.0, anchor_weight=0.1),
+        },
+    ),
+    "teacher_judge": Study(
+        "must the judge be a VLM, or does the teacher know which caption fits",
+        {
+            "VLM": npedit(),
+            "teacher for the edit and VLM for the rest": npedit(reward="teacher"),
+            "teacher alone": npedit(reward="teacher", identity=False),
+            "nobody": npedit(judge_weight=0.0),
+        },
+    ),
+    "asking": Study(
+        "how far the outcome hangs on who is asked, and how",
+        {
+            "as schooled": npedit(),
+            "short questions": npedit(wording="short"),
+            "turned questions": npedit(wording="turned"),
+            "bare questions": npedit(wording="bare"),
+            "augmented pictures": npedit(augment=True),
+            "another judge": schooled("small"),
+            "both judges": Arm((Part("judge", OTHER, updates=1500, gives="second"), Part("npedit"))),
+        },
+    ),
+    "unpaired": Study(
+        "what other ways without a pair reach, and what synthetic pairs are worth",
+        {
+            "NP-Edit": npedit(),
+            "CycleGAN-Turbo": Arm((Part("cyclegan"),)),
+            "Bootstrap Your Generator": Arm((Part("bootstrap"),)),
+            "synthetic pairs": Arm((Part("synthetic"),)),
+            "synthetic pairs (nobody chooses)": Arm((Part("synthetic", dict(threshold=0.0)),)),
+            "synthetic pairs (twins)": Arm((Part("synthetic", dict(maker="twins")),)),
+            "synthetic pairs + NP-Edit": Arm((Part("synthetic", share=0.5), Part("npedit", share=0.5))),
+            "paired SFT": Arm((Part("sft"),)),
         },
     ),
     "unroll": Study(

@@ -4,6 +4,8 @@
     norm_rope            RMS-norm of queries or keys with their 2-D rotary embedding                         (rope.py)
     dmd_step             DMD's gradient and loss from the three velocities                                   (dmd.py)
     guided_step          guidance, x0 and the re-noising of a few-step sampler                               (sampler.py)
+    answer_loss          a judge's margin and loss from two rows of its language head                        (answer.py)
+    vlm_patches          pictures resized, normalized and cut into what a vision tower takes                 (patches.py)
 
 Each is a torch custom op: autograd, activation checkpointing and torch.compile see one node. CUDA tensors of a supported shape go
 to Triton, everything else to the reference; `backend` overrides that. Nothing in the package calls these by itself: they are for
@@ -15,10 +17,14 @@ The folder is `kernels/src` and is imported as `vlmedit.kernels` alone: transfor
 if __name__ != "vlmedit.kernels":
     raise ImportError(f"this is vlmedit.kernels, not {__name__}; install the package and import it by that name")
 
+from vlmedit.kernels.answer import answer_loss
 from vlmedit.kernels.dispatch import BACKENDS, backend, interpreting, triton_missing
 from vlmedit.kernels.dmd import dmd_step
 from vlmedit.kernels.modulation import adaln, gated_adaln
+from vlmedit.kernels.patches import vlm_patches
 from vlmedit.kernels.rope import norm_rope
 from vlmedit.kernels.sampler import guided_step
 
-__all__ = ["BACKENDS", "adaln", "backend", "dmd_step", "gated_adaln", "guided_step", "interpreting", "norm_rope", "triton_missing"]
+__all__ = [
+    "BACKENDS", "adaln", "answer_loss", "backend", "dmd_step", "gated_adaln", "guided_step", "interpreting", "norm_rope", "triton_missing", "vlm_patches",
+]  # fmt: skip

@@ -4,14 +4,17 @@
 
 For each operation and shape, forward plus backward in bfloat16: milliseconds of the plain reference, of torch.compile of it and of the
 kernel; the bytes that must move (every input read once, every output and gradient written once, what the backward pass needs read
-again); the kernel's share of the copy bandwidth measured on the same GPU; and the peak memory above the inputs of all three. The rule of
-the suite: a kernel that is neither faster than torch.compile nor smaller is removed, and its numbers stay in the log.
+again); the kernel's share of the copy bandwidth measured on the same GPU; and the peak memory above the inputs of all three, with what the
+kernel saves against torch.compile. The rule of the suite: a kernel that is neither faster than torch.compile nor smaller is removed, and its
+numbers stay in the log.
 
-Without a CUDA device nothing is measured and nothing is claimed: the table then holds shapes and bytes alone.
+Without a CUDA device nothing is measured and nothing is claimed: the table then holds shapes and bytes alone, says what is missing and why,
+and the command succeeds.
 
 Shapes: Z-Image (width 3840, 30 heads of 128), FLUX and Qwen-Image (3072, 24 heads of 128), 16 latent channels at an eighth of the side, tokens
 of 2 x 2 latents; an editor's sequence holds the reference's tokens too, FLUX's and Qwen-Image's joint sequence text as well. Z-Image's
-own block has RMS-norms and no shift: for `gated_adaln` it stands for its width alone.
+own block has RMS-norms and no shift: for `gated_adaln` it stands for its width alone. Judges (side: what the tower sees) read pictures of
+512 and 1024 pixels and answer two questions on two pictures each: Qwen2.5-VL 7B, Qwen3-VL 8B, and LLaVA-OneVision 7B, which sees 384 pixels.
 """
 
 import argparse
@@ -23,12 +26,17 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
-from vlmedit.kernels import dmd, modulation, rope, sampler
+from vlmedit.kernels import answer, dmd, modulation, patches, rope, sampler
 from vlmedit.kernels.dispatch import backend, interpreting, tl, triton, triton_missing
 
 DTYPE = torch.bfloat16
 MODELS = {"Z-Image": (3840, 30, 0), "FLUX": (3072, 24, 512), "Qwen-Image": (3072, 24, 512)}  # width, heads, text tokens in the joint sequence
+JUDGES = {"Qwen2.5-VL": (448, 14, 2, 2, 3584, 152064), "Qwen3-VL": (448, 16, 2, 2, 4096, 151936), "LLaVA-OneVision": (384, None, 1, 1, 3584, 152000)}
+# side of the resized picture, patch, merge, frames; width of the states, words
+VISUAL = {"Qwen2.5-VL": 256, "Qwen3-VL": 196, "LLaVA-OneVision": 730}  # tokens of a picture at that side
+QUESTIONS, WORDS = 2, 64  # rows, and tokens of text in each
 LATENT_CHANNELS = 16
+MEASURED = ("milliseconds", "copy bandwidth and each kernel's share of it", "peak and saved memory", "whether a kernel earns its place")
 REPEATS = 30
 
 
@@ -62,6 +70,7 @@ class Row:
     reference_mib: float | None = None
     compiled_mib: float | None = None
     kernel_mib: float | None = None
+    saved_mib: float | None = None  # compiled - kernel
     earns_its_place: bool | None = None
 
 
@@ -112,6 +121,33 @@ def _latents(side: int) -> tuple[Case, Case]:
     )
 
 
+def _patches(model: str, side: int, picture: int, patch: int | None, merge: int, frames: int) -> Case:
+    shape = (1, 3, picture, picture)
+
+    def make(device: str) -> list[Tensor]:
+        (pictures,) = _drawn(device, shape, wanted=1)
+        return [pictures, *(torch.full((3,), 0.5, device=device) for _ in range(2))]
+
+    cut = lambda f: lambda *a: f(*a, (side, side), patch, merge, frames)
+    # forward: pictures -> patches; backward: cotangent -> gradient
+    moved = 2 * 3 * (picture**2 + frames * side**2) * DTYPE.itemsize
+    return Case("vlm_patches", model, side, shape, cut(patches.vlm_patches_reference), cut(patches.vlm_patches), make, moved)
+
+
+def _answer(model: str, side: int, length: int, width: int, words: int) -> Case:
+    shape = (QUESTIONS, length, width)
+
+    def make(device: str) -> list[Tensor]:
+        head, states = _drawn(device, (words, width), shape, wanted=0)
+        position = torch.full((QUESTIONS,), length - 1, device=device)
+        return [states.requires_grad_(), head, position, torch.ones(QUESTIONS, device=device)]
+
+    ask = lambda f: lambda *a: f(*a, yes=words // 2, no=words // 3, gain=0.5)
+    # forward: a state per question, two rows; backward: two rows -> gradient of all states
+    moved = (QUESTIONS * length + QUESTIONS + 4) * width * DTYPE.itemsize
+    return Case("answer_loss", model, side, shape, ask(answer.answer_loss_reference), ask(answer.answer_loss), make, moved)
+
+
 def cases() -> Iterator[Case]:
     for side in (512, 1024):
         for model, (width, heads, text) in MODELS.items():
@@ -119,6 +155,10 @@ def cases() -> Iterator[Case]:
             yield _modulation(model, side, tokens, width)
             yield _rope(model, side, tokens + text, heads, width // heads)
         yield from _latents(side)
+    for model, (side, patch, merge, frames, width, words) in JUDGES.items():
+        for picture in (512, 1024):
+            yield _patches(model, side, picture, patch, merge, frames)
+        yield _answer(model, side, 2 * VISUAL[model] + WORDS, width, words)
 
 
 def _update(function: Callable, arguments: list[Tensor]) -> Callable[[], None]:
@@ -192,19 +232,20 @@ def run(bandwidth: float | None) -> Iterator[Row]:
             kernel_ms, kernel_mib = _measure(case.kernel, arguments)
         share = case.moved / (kernel_ms / 1e3) / bandwidth
         earns = kernel_ms < compiled_ms or kernel_mib < 0.95 * compiled_mib
-        yield Row(*head, reference_ms, compiled_ms, kernel_ms, share, reference_mib, compiled_mib, kernel_mib, earns)
+        yield Row(*head, reference_ms, compiled_ms, kernel_ms, share, reference_mib, compiled_mib, kernel_mib, compiled_mib - kernel_mib, earns)
+        del arguments  # before the next case draws its own
 
 
 def line(row: Row) -> str:
     cell = lambda v, digits: f"{'-':>9}" if v is None else f"{v:>9.{digits}f}"
     numbers = [cell(v, 3) for v in (row.reference_ms, row.compiled_ms, row.kernel_ms)]
-    numbers += [cell(row.share_of_copy, 2), *(cell(v, 1) for v in (row.reference_mib, row.compiled_mib, row.kernel_mib))]
+    numbers += [cell(row.share_of_copy, 2), *(cell(v, 1) for v in (row.reference_mib, row.compiled_mib, row.kernel_mib, row.saved_mib))]
     shape = "x".join(map(str, row.shape))
     verdict = {True: "yes", False: "no", None: "-"}[row.earns_its_place]
-    return f"{row.operation:<12}{row.model:<12}{row.side:>5}  {shape:<16}{row.bytes_moved / 2**20:>9.1f}{''.join(numbers)}  {verdict}"
+    return f"{row.operation:<12}{row.model:<16}{row.side:>5}  {shape:<16}{row.bytes_moved / 2**20:>9.1f}{''.join(numbers)}  {verdict}"
 
 
-HEAD = f"{'operation':<12}{'model':<12}{'side':>5}  {'shape':<16}{'MiB moved':>9}{'plain ms':>9}{'compiled':>9}{'kernel':>9}{'of copy':>9}{'plain MiB':>9}{'compiled':>9}{'kernel':>9}  earns"
+HEAD = f"{'operation':<12}{'model':<16}{'side':>5}  {'shape':<16}{'MiB moved':>9}{'plain ms':>9}{'compiled':>9}{'kernel':>9}{'of copy':>9}{'plain MiB':>10}{'compiled':>9}{'kernel':>9}{'saved':>9}  earns"
 
 
 def compiled(capabilities: tuple[int, ...] = (90,)) -> Iterator[tuple[str, str, int, int]]:
@@ -213,9 +254,10 @@ def compiled(capabilities: tuple[int, ...] = (90,)) -> Iterator[tuple[str, str, 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    numbers = {"eps": "fp32", "guidance": "fp32", "floor": "fp32", "largest": "fp32"}
+    numbers = {**dict.fromkeys(("eps", "guidance", "floor", "largest", "gain", "cap"), "fp32"), "position": "*i64", "first_y": "*i32", "first_x": "*i32"}
     statistics_of = {"mean", "rstd", "error", "parts", "part_gate", "part_scale", "part_shift"}
-    pictures = {"x", "branch", "gate", "scale", "shift", "y", "h", "grad", "grad_y", "grad_h", "grad_x", "grad_branch", "weight", "cos", "sin", "out"}
+    statistics_of |= {"answer", "loss", "margin", "slopes", "grad_loss", "grad_margin", "std", "weight_y", "weight_x"}
+    pictures = {"x", "branch", "gate", "scale", "shift", "y", "h", "grad", "grad_y", "grad_h", "grad_x", "grad_branch", "weight", "cos", "sin", "out", "states", "pictures"}
     pictures |= {"cond", "uncond", "fake", "t", "s", "noise", "gradient", "to_x", "to_cond", "to_uncond", "to_noise"}
     yes_no = lambda name, **fixed: [{name: flag, **fixed} for flag in (True, False)]
     block = {"BLOCK": 1024}
@@ -225,6 +267,8 @@ def compiled(capabilities: tuple[int, ...] = (90,)) -> Iterator[tuple[str, str, 
         (dmd, "_errors"): yes_no("GUIDED", **block), (dmd, "_by_sample"): yes_no("GUIDED", **block),
         (dmd, "_by_pixel"): yes_no("GUIDED", CHANNELS=16, PIXELS=128), (sampler, "_forward"): yes_no("GUIDED", **block),
         (sampler, "_backward"): yes_no("NOISE", X=True, COND=True, UNCOND=True, **block),
+        (answer, "_forward"): yes_no("CAPPED", **block), (answer, "_backward"): [block],
+        (patches, "_forward"): [{"BLOCK": 256}], (patches, "_backward"): [{"BLOCK": 256}],
     }  # fmt: skip
     for (module, name), choices in variants.items():
         kernel = getattr(module, name)
@@ -249,13 +293,16 @@ def main(arguments: list[str] | None = None) -> None:
     why = why_not()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     bandwidth = None if why else copy_bandwidth()
-    print(f"{device}, torch {torch.__version__}, a copy moves {bandwidth / 1e9:.0f} GB/s" if not why else f"Nothing is measured, so nothing is claimed: {why}. Shapes and bytes that must move, in bfloat16:")
+    if why:
+        print(f"Nothing is measured, so nothing is claimed: {why}. Missing (-): {', '.join(MEASURED)}.\nWhat can be known, shapes and bytes that must move, in bfloat16:")
+    else:
+        print(f"{device}, torch {torch.__version__}, a copy moves {bandwidth / 1e9:.0f} GB/s")
     print(HEAD)
     rows = []
     for row in run(bandwidth):
         rows.append(row)
         print(line(row), flush=True)
-    report = {"measured": not why, "reason": why, "device": device, "torch": torch.__version__, "copy_bytes_per_second": bandwidth, "rows": [asdict(r) for r in rows]}
+    report = {"measured": not why, "reason": why, "not_measured": list(MEASURED) if why else [], "device": device, "torch": torch.__version__, "copy_bytes_per_second": bandwidth, "rows": [asdict(r) for r in rows]}
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(report, file, indent=1)

@@ -84,18 +84,26 @@ def launch(kernel, grid: tuple[int, ...], on: Tensor, *arguments, **settings) ->
         kernel[grid](*arguments, **settings)
 
 
-def same_kind(operation: str, **tensors: Tensor | None) -> None:
-    """Raises TypeError or ValueError unless all tensors given share one supported dtype and one device."""
-    given = {name: t for name, t in tensors.items() if t is not None}
-    first, like = next(iter(given.items()))
-    for name, t in given.items():
+def same_device(operation: str, **tensors: Tensor) -> None:
+    """Raises TypeError or ValueError unless all are tensors on one device."""
+    first, like = next(iter(tensors.items()))
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{operation}: {name} is {'None' if t is None else f'of type {type(t).__name__}'}; it must be a tensor")
+        if t.device != like.device:
+            raise ValueError(f"{operation}: {name} is on {t.device} and {first} on {like.device}; move them to one device")
+
+
+def same_kind(operation: str, **tensors: Tensor) -> None:
+    """Raises TypeError or ValueError unless all are tensors of one supported dtype on one device."""
+    first, like = next(iter(tensors.items()))
+    for name, t in tensors.items():
+        same_device(operation, **{first: like, name: t})
         if t.dtype not in DTYPES:
             known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
             raise TypeError(f"{operation}: {name} is {t.dtype}; it must be one of {known}")
         if t.dtype != like.dtype:
             raise TypeError(f"{operation}: {name} is {t.dtype} and {first} is {like.dtype}; cast them to one dtype")
-        if t.device != like.device:
-            raise ValueError(f"{operation}: {name} is on {t.device} and {first} on {like.device}; move them to one device")
 
 
 def shaped(operation: str, name: str, t: Tensor | None, shape: tuple) -> None:

@@ -152,11 +152,11 @@ def dmd_step(
     gradient / numel; its value means nothing. Raises TypeError or ValueError for mixed dtypes, devices or shapes, or an unknown norm."""
     if norm not in NORMS:
         raise ValueError(f"dmd_step: unknown normalizer {norm!r}; known: {', '.join(NORMS)}")
+    same_kind("dmd_step", x=x, eps=eps, t=t, cond=cond, fake=fake, **({} if uncond is None else {"uncond": uncond}))
     if x.ndim < 2:
         raise ValueError(f"dmd_step: x has shape {tuple(x.shape)}; it must be (batch, channels, ...)")
     if uncond is None and guidance != 1:
         raise ValueError(f"dmd_step: guidance is {guidance} and uncond is None; give the velocity without the caption, or guidance 1")
-    same_kind("dmd_step", x=x, eps=eps, t=t, cond=cond, uncond=uncond, fake=fake)
     for name, v in (("eps", eps), ("cond", cond), ("uncond", uncond), ("fake", fake)):
         shaped("dmd_step", name, v, x.shape)
     shaped("dmd_step", "t", t, x.shape[:1])

@@ -191,9 +191,9 @@ _op.register_autograd(_gradients, setup_context=_setup)
 
 
 def _check(operation: str, x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor) -> None:
+    same_kind(operation, x=x, scale=scale, shift=shift, **({"branch": branch, "gate": gate} if operation == "gated_adaln" else {}))
     if x.ndim != 3:
         raise ValueError(f"{operation}: x has shape {tuple(x.shape)}; it must be (batch, tokens, width)")
-    same_kind(operation, x=x, branch=branch, gate=gate, scale=scale, shift=shift)
     shaped(operation, "branch", branch, x.shape)
     for name, t in (("gate", gate), ("scale", scale), ("shift", shift)):
         shaped(operation, name, t, (x.shape[0], x.shape[2]))

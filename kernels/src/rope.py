@@ -15,7 +15,7 @@ Computes in float32 (float64 for float64); cos and sin may be float32 whatever t
 
 import torch
 from torch import Tensor
-from vlmedit.kernels.dispatch import accumulator, cdiv, launch, power_of_2, rows_contiguous, same_kind, shaped, tl, triton, use_triton, wide
+from vlmedit.kernels.dispatch import accumulator, cdiv, launch, power_of_2, rows_contiguous, same_device, same_kind, shaped, tl, triton, use_triton, wide
 
 WIDEST = 1024  # of D
 LIMIT = f"D must be at most {WIDEST}"
@@ -192,12 +192,11 @@ _op.register_autograd(_gradients, setup_context=_setup)
 def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6, interleaved: bool = False) -> Tensor:
     """RMS-normed and rotated queries or keys, with gradients of x and weight. x (B, H, N, D), weight (D,), cos and sin (N, D / 2).
     Raises TypeError or ValueError for mixed dtypes or devices, an odd D, or other shapes."""
-    if x.ndim != 4 or x.shape[-1] % 2:
-        raise ValueError(f"norm_rope: x has shape {tuple(x.shape)}; it must be (batch, heads, tokens, an even head width)")
     same_kind("norm_rope", x=x, weight=weight)
     same_kind("norm_rope", cos=cos, sin=sin)
-    if cos.device != x.device:
-        raise ValueError(f"norm_rope: cos is on {cos.device} and x on {x.device}; move them to one device")
+    same_device("norm_rope", x=x, cos=cos)
+    if x.ndim != 4 or x.shape[-1] % 2:
+        raise ValueError(f"norm_rope: x has shape {tuple(x.shape)}; it must be (batch, heads, tokens, an even head width)")
     shaped("norm_rope", "weight", weight, x.shape[-1:])
     for name, t in (("cos", cos), ("sin", sin)):
         shaped("norm_rope", name, t, (x.shape[2], x.shape[3] // 2))

@@ -126,11 +126,11 @@ _op.register_autograd(_gradients, setup_context=_setup)
 def guided_step(x: Tensor, cond: Tensor, uncond: Tensor | None, noise: Tensor, t: Tensor, s: Tensor, guidance: float = 1.0) -> Tensor:
     """x at level s from x at level t: guidance, x0, fresh noise; with gradients of x, cond, uncond and noise. All (B, ...), t and s (B,).
     Raises TypeError or ValueError for mixed dtypes, devices or shapes."""
+    same_kind("guided_step", x=x, cond=cond, noise=noise, t=t, s=s, **({} if uncond is None else {"uncond": uncond}))
     if x.ndim < 2:
         raise ValueError(f"guided_step: x has shape {tuple(x.shape)}; it must be (batch, ...)")
     if uncond is None and guidance != 1:
         raise ValueError(f"guided_step: guidance is {guidance} and uncond is None; give the velocity without the caption, or guidance 1")
-    same_kind("guided_step", x=x, cond=cond, uncond=uncond, noise=noise, t=t, s=s)
     for name, v in (("cond", cond), ("uncond", uncond), ("noise", noise)):
         shaped("guided_step", name, v, x.shape)
     for name, v in (("t", t), ("s", s)):

@@ -91,7 +91,7 @@ def count(model: nn.Module, call: Callable[[], Tensor], checkpoint: Callable[[bo
 
 def _meta(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
-        return build().to(torch.bfloat16)
+        return nn.Module.to(build(), torch.bfloat16)  # diffusers' own `to` would warn
 
 
 def z_image() -> nn.Module:
@@ -240,9 +240,10 @@ def standing(sizes: Sizes, roles: str = "modules", weight: int = 2, gradient: in
 
 
 def lora_size(transformer: nn.Module, rank: int, targets: list[str]) -> int:
-    """Parameters of one LoRA adapter: rank times (inputs + outputs) of each target."""
+    """Parameters of one LoRA adapter: rank times (inputs + outputs) of each target; a convolution's inputs are its kernel's."""
     found = dict(transformer.named_modules())
-    return sum(rank * (found[name].in_features + found[name].out_features) for name in targets)
+    ends = lambda m: m.weight[0].numel() + m.weight.shape[0]
+    return sum(rank * ends(found[name]) for name in targets)
 
 
 def update_flops(with_reference: float, without: float, judge: float, decoder: float, roles: str = "modules", fake_updates: int = 5, calls: float = 1.75, checkpointing: bool = True, fresh: bool = True) -> dict[str, float]:

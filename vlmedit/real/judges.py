@@ -14,8 +14,12 @@ bicubic with antialiasing, as the processors do (they round to 8 bits on the way
 | Qwen3VLForConditionalGeneration        | the same                                                             | the same                        |
 | LlavaOnevisionForConditionalGeneration | padded to a square; one base crop, as prompts of several images have | (side / patch)^2 + 1            |
 | InternVLForConditionalGeneration       | squeezed to a square, one tile                                       | (side / patch)^2 / 4            |
+| SmolVLM / Idefics3ForConditionalGeneration | Lanczos to the longest edge, then to a square, one tile          | (side / patch / scale)^2        |
+| PaliGemmaForConditionalGeneration      | squeezed to a square                                                 | (side / patch)^2                |
 
-Shapes: a picture (3, H, W) in [-1, 1]; margin (N,). Deviates: LLaVA-OneVision's single-image prompts would add high-resolution crops.
+Shapes: a picture (3, H, W) in [-1, 1]; margin (N,). Deviates: LLaVA-OneVision's single-image prompts would add high-resolution crops,
+SmolVLM's would add tiles. PaliGemma 2 checkpoints were trained on one picture per question, those tuned on NLVR2 excepted: give others
+one-picture questions alone. `Judge.write` lets the same model answer in words, greedily.
 """
 
 from __future__ import annotations
@@ -32,13 +36,14 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from vlmedit.judging import clamp_through
 from vlmedit.real.requests import Book
 
 Question = Sequence[str] | Tensor  # texts, or numbers (N, 1) in the judge's book
+WORDS = 96  # tokens kept free for the words of a question, when a context is checked for two pictures
 
 
 def resize(picture: Tensor, height: int, width: int) -> Tensor:
@@ -47,6 +52,18 @@ def resize(picture: Tensor, height: int, width: int) -> Tensor:
     if picture.shape[-2:] != (height, width):
         x = clamp_through(F.interpolate(x[None], size=(height, width), mode="bicubic", antialias=True)[0])
     return x
+
+
+def lanczos(size: int, new: int) -> Tensor:
+    """The matrix (new, size) by which Pillow's Lanczos filter resamples one side, antialiased when it shrinks."""
+    scale = size / new
+    wide = max(scale, 1.0)
+    center = (torch.arange(new, dtype=torch.float64) + 0.5) * scale
+    low, high = (center - 3 * wide + 0.5).floor().clamp(min=0), (center + 3 * wide + 0.5).floor().clamp(max=size)
+    at = torch.arange(size, dtype=torch.float64)
+    x = (at - center[:, None] + 0.5) / wide
+    weight = torch.where((x.abs() < 3) & (at >= low[:, None]) & (at < high[:, None]), torch.sinc(x) * torch.sinc(x / 3), 0.0)
+    return (weight / weight.sum(1, keepdim=True)).float()
 
 
 def fitting_size(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
@@ -72,10 +89,23 @@ def answer_token(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
     return ids[0]
 
 
-def two_row_margin(states: Tensor, lengths: Tensor, weight: Tensor, yes: int, no: int) -> Tensor:
-    """logit(yes) - logit(no) (N,) after right-padded rows: states (N, L, d), their lengths (N,), output layer (V, d)."""
+def two_row_margin(states: Tensor, lengths: Tensor, weight: Tensor, yes: int, no: int, cap: float | None = None) -> Tensor:
+    """logit(yes) - logit(no) (N,) after right-padded rows: states (N, L, d), their lengths (N,), output layer (V, d).
+    With a `cap`, logits are cap tanh(logit / cap), as Gemma 2 has them."""
     last = states[torch.arange(len(states), device=states.device), lengths - 1]
-    return last.float() @ (weight[yes].float() - weight[no].float())
+    if cap is None:
+        return last.float() @ (weight[yes].float() - weight[no].float())
+    return (cap * torch.tanh(last.float() @ weight[[yes, no]].float().T / cap)) @ last.new_tensor([1.0, -1.0]).float()
+
+
+def check_context(config, tokens: int, name: str) -> None:
+    """Raise ValueError unless two pictures of `tokens` visual tokens and a question fit into a model's context."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and 2 * tokens + WORDS > context:
+        raise ValueError(
+            f"{name} is too small for two pictures: {tokens} visual tokens each and {WORDS} for the question do not fit into its context of {context}; "
+            "take a judge with a longer context, or fewer tokens per picture (size in its preprocessor_config.json)"
+        )
 
 
 def recompute(model: PreTrainedModel, on: bool = True) -> None:
@@ -98,9 +128,11 @@ class Judge(nn.Module):
     image_token = ""  # stands once for each visual token in the prompt
     before, after = "", ""  # around the visual tokens of a picture
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    answers = ("Yes", "No")  # as the family's checkpoints write them after the prompt
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict, book: Book | None = None, answers=("Yes", "No"), checkpointing: bool = False):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict, book: Book | None = None, answers=None, checkpointing: bool = False):
         super().__init__()
+        answers = answers or self.answers
         self.tokenizer, self.settings, self.book, self.checkpointing = tokenizer, settings, book or Book(), checkpointing
         self.config = model.config
         self.config.yes_token_id, self.config.no_token_id = (answer_token(tokenizer, word) for word in answers)
@@ -142,6 +174,15 @@ class Judge(nn.Module):
         """Visual tokens of a picture of this size."""
         raise NotImplementedError
 
+    @staticmethod
+    def least_tokens(config, settings: dict) -> int:
+        """The fewest visual tokens that a picture can have, known before any weight is read."""
+        raise NotImplementedError
+
+    def shown(self, picture: Tensor) -> str:
+        """What stands in the prompt for a picture."""
+        return self.image_token * self.tokens(picture)
+
     def encode(self, pictures: Sequence[Tensor]) -> list[SimpleNamespace]:
         """Visual tokens `pooler_output` (n, d) of each picture, and what else its family passes on."""
         raise NotImplementedError
@@ -175,7 +216,7 @@ class Judge(nn.Module):
         parts = text.split(self.image_token)
         if len(parts) != len(pictures) + 1:
             raise ValueError(f"the prompt shows {len(parts) - 1} pictures by {self.image_token!r}, there are {len(pictures)}: {text[:80]!r}")
-        return parts[0] + "".join(self.image_token * self.tokens(p) + part for p, part in zip(pictures, parts[1:]))
+        return parts[0] + "".join(self.shown(p) + part for p, part in zip(pictures, parts[1:]))
 
     def plain(self, question: str, count: int) -> str:
         seen = f"{self.before}{self.image_token}{self.after}" * count
@@ -188,27 +229,51 @@ class Judge(nn.Module):
             raise ValueError(f"{len(questions)} questions about {len(images)} sets of pictures; there must be one each")
         if any(not 1 <= len(row) <= 2 for row in images):
             raise ValueError(f"a question is about one or two pictures, got {[len(row) for row in images]}")
+        inputs = self.inputs(images, questions)
+        out = self.model.model(use_cache=False, **inputs)
+        return out.last_hidden_state, inputs["attention_mask"].sum(1)
+
+    def inputs(self, images: Sequence[Sequence[Tensor]], questions: Sequence[str], side: str = "right") -> dict:
+        """Arguments of the family's forward for questions about any number of pictures each, padded on that side."""
         unique = {id(p): p for row in images for p in row}
         seen = dict(zip(unique, self.look(list(unique.values()))))
         ids = [torch.tensor(self.tokenizer.encode(self.prompt(q, row), add_special_tokens=False)) for q, row in zip(questions, images)]
         device = self.mean.device
         lengths = torch.tensor([len(i) for i in ids], device=device)
-        padded = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id or 0).to(device)
-        mask = (torch.arange(padded.shape[1], device=device) < lengths[:, None]).long()
+        context = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and lengths.max() > context:
+            raise ValueError(f"a question with its pictures is {int(lengths.max())} tokens, the judge's context {context}; ask shorter, or show smaller pictures")
+        padded = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id or 0, padding_side=side).to(device)
+        at = torch.arange(padded.shape[1], device=device)
+        mask = (at < lengths[:, None] if side == "right" else at >= padded.shape[1] - lengths[:, None]).long()
         pictures = [p for row in images for p in row]
-        features = self.gather([seen[id(p)] for p in pictures])
-        out = self.model.model(input_ids=padded, attention_mask=mask, mm_encoder_outputs={"image": features}, use_cache=False, **self.extras(padded, pictures))
-        return out.last_hidden_state, lengths
+        shown = {"mm_encoder_outputs": {"image": self.gather([seen[id(p)] for p in pictures])}} if pictures else {}
+        return {"input_ids": padded, "attention_mask": mask, **shown, **self.extras(padded, pictures)}
+
+    @torch.no_grad()
+    def write(self, images: Sequence[Sequence[Tensor]], texts: Sequence[str], length: int = 128) -> list[str]:
+        """Greedy answers of at most `length` tokens to texts about any number of pictures each: temperature 0, no penalties."""
+        own = getattr(self.model, "generation_config", None)
+        stop = getattr(own, "eos_token_id", None)
+        stop = self.tokenizer.eos_token_id if stop is None else stop
+        pad = self.tokenizer.pad_token_id
+        config = GenerationConfig(max_new_tokens=length, do_sample=False, num_beams=1, eos_token_id=stop, pad_token_id=0 if pad is None else pad)
+        inputs = self.inputs(images, texts, "left")
+        out = self.model.generate(**inputs, generation_config=config)
+        return [t.strip() for t in self.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
 
     def logit_margin(self, images: Sequence[Sequence[Tensor]], question: Question) -> Tensor:
         """logit(Yes) - logit(No), (N,), by the two rows of the output layer that matter."""
         head = self.model.get_output_embeddings().weight
-        return two_row_margin(*self.states(images, question), head, self.config.yes_token_id, self.config.no_token_id)
+        cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
+        return two_row_margin(*self.states(images, question), head, self.config.yes_token_id, self.config.no_token_id, cap)
 
     def answer_logits(self, images: Sequence[Sequence[Tensor]], question: Question) -> Tensor:
         """Logits over the vocabulary (N, V) of the answer, for the loss the paper ablates."""
         states, lengths = self.states(images, question)
-        return self.model.get_output_embeddings()(states[torch.arange(len(states), device=states.device), lengths - 1]).float()
+        logits = self.model.get_output_embeddings()(states[torch.arange(len(states), device=states.device), lengths - 1]).float()
+        cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class QwenVL(Judge):
@@ -227,6 +292,10 @@ class QwenVL(Judge):
         x = self.normalize(resize(picture, height, width))
         x = x.reshape(3, height // p // m, m, p, width // p // m, m, p).permute(1, 4, 2, 5, 0, 3, 6)  # (gh, gw, m, m, 3, p, p)
         return x.unsqueeze(5).expand(*x.shape[:5], frames, p, p).reshape(height // p * (width // p), -1)
+
+    @staticmethod
+    def least_tokens(config, settings):
+        return settings["size"]["shortest_edge"] // (settings["patch_size"] * settings["merge_size"]) ** 2
 
     def grid(self, pictures: Sequence[Tensor]) -> Tensor:
         p = self.setting("patch_size")
@@ -274,8 +343,11 @@ class LlavaOnevision(Judge):
         return self.normalize(resize(square, size["height"], size["width"]))
 
     def tokens(self, picture):
-        vision = self.config.vision_config
-        return (vision.image_size // vision.patch_size) ** 2 + 1
+        return self.least_tokens(self.config, self.settings)
+
+    @staticmethod
+    def least_tokens(config, settings):
+        return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
 
     def encode(self, pictures):
         x = torch.stack([self.prepare(p) for p in pictures]).to(self.model.dtype)[:, None]
@@ -292,9 +364,13 @@ class InternVL(Judge):
         return self.normalize(resize(picture, size["height"], size["width"]))
 
     def tokens(self, picture):
-        vision = self.config.vision_config
+        return self.least_tokens(self.config, self.settings)
+
+    @staticmethod
+    def least_tokens(config, settings):
+        vision = config.vision_config
         side, patch = (v if isinstance(v, int) else v[0] for v in (vision.image_size, vision.patch_size))
-        return int((side // patch) ** 2 * self.config.downsample_ratio**2)
+        return int((side // patch) ** 2 * config.downsample_ratio**2)
 
     def encode(self, pictures):
         x = torch.stack([self.prepare(p) for p in pictures]).to(self.model.dtype)
@@ -302,6 +378,67 @@ class InternVL(Judge):
 
     def gather(self, seen):
         return SimpleNamespace(pooler_output=torch.stack([s.pooler_output for s in seen]))
+
+
+class SmolVLM(Judge):
+    """SmolVLM and Idefics3, one tile per picture (`do_image_splitting` off: 64 to 169 tokens instead of 17 times as many)."""
+
+    image_token, answers = "<image>", (" Yes", " No")  # its answers follow "Assistant:" after a space
+    before, after, system = "", "", ""
+    around, whole = "<fake_token_around_image>", "<global-img>"
+
+    def plain(self, question, count):
+        return f"<|im_start|>User:{self.image_token * count}{question}<end_of_utterance>\nAssistant:"
+
+    def shown(self, picture):
+        return f"{self.around}{self.whole}{super().shown(picture)}{self.around}"
+
+    def prepare(self, picture):
+        """Both resizes of the processor as one linear map per side: to the longest edge with even sides, then to the square tile."""
+        height, width = picture.shape[-2:]
+        longest, side = self.setting("size")["longest_edge"], self.setting("max_image_size")["longest_edge"]
+        short = int(longest / (width / height)) if width >= height else int(longest * (width / height))  # the processor's own roundings
+        short = max(short + short % 2, 1)
+        middle = (short, longest) if width >= height else (longest, short)
+        down, across = (lanczos(m, side) @ lanczos(n, m) for n, m in zip((height, width), middle))
+        x = clamp_through(picture.float())
+        return self.normalize(clamp_through(down.to(x.device) @ x @ across.to(x.device).T))
+
+    def tokens(self, picture):
+        return self.least_tokens(self.config, self.settings)
+
+    @staticmethod
+    def least_tokens(config, settings):
+        return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 // config.scale_factor**2
+
+    def encode(self, pictures):
+        x = torch.stack([self.prepare(p) for p in pictures]).to(self.model.dtype)
+        inner = self.model.model  # its get_image_features would drop an all-gray picture, as padding
+        features = inner.connector(inner.vision_model(pixel_values=x, return_dict=True).last_hidden_state)
+        return [SimpleNamespace(pooler_output=f) for f in features]
+
+
+class PaliGemma(Judge):
+    """PaliGemma and PaliGemma 2: no chat; pictures first, then the question; the whole prompt attends to itself in both directions."""
+
+    image_token, system, answers = "<image>", "", ("yes", "no")
+
+    def plain(self, question, count):
+        return f"{self.image_token * count}{self.tokenizer.bos_token or ''}{question}\n"
+
+    prepare = InternVL.prepare
+
+    def tokens(self, picture):
+        return self.least_tokens(self.config, self.settings)
+
+    @staticmethod
+    def least_tokens(config, settings):
+        return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+    encode, gather = InternVL.encode, InternVL.gather
+
+    def extras(self, ids, pictures):
+        return {"token_type_ids": torch.zeros_like(ids)}
 
 
 class Ensemble(nn.Module):
@@ -333,6 +470,9 @@ FAMILIES: dict[str, type[Judge]] = {
     "Qwen3VLForConditionalGeneration": Qwen3VL,
     "LlavaOnevisionForConditionalGeneration": LlavaOnevision,
     "InternVLForConditionalGeneration": InternVL,
+    "SmolVLMForConditionalGeneration": SmolVLM,
+    "Idefics3ForConditionalGeneration": SmolVLM,
+    "PaliGemmaForConditionalGeneration": PaliGemma,
 }
 
 
@@ -344,25 +484,34 @@ def preprocessor_settings(folder: str | os.PathLike) -> dict:
             settings = json.loads(Path(path).read_text())
             settings = settings.get("image_processor", settings)
             if "image_mean" in settings:
+                if settings.get("min_pixels") and settings.get("max_pixels"):  # Qwen2.5-VL's files say it so, and it wins there too
+                    settings["size"] = {"shortest_edge": settings["min_pixels"], "longest_edge": settings["max_pixels"]}
                 return settings
     raise FileNotFoundError(f"{folder} has no preprocessor_config.json with image settings; copy it from the checkpoint")
 
 
-def load_judge(folder: str | os.PathLike, book: Book | None = None, answers=("Yes", "No"), checkpointing: bool = False, **kwargs) -> Judge:
+def load_judge(folder: str | os.PathLike, book: Book | None = None, answers: tuple[str, str] | None = None, checkpointing: bool = False, **kwargs) -> Judge:
     """The judge of a saved vision-language model; everything small is read and checked before any weight is. `folder` may be an id of
-    the Hub. Code that comes with a checkpoint is not run. Raises ValueError for a class without an adapter or answers that are no
-    single tokens, FileNotFoundError for a folder or an id that does not lead to a model."""
+    the Hub. Code that comes with a checkpoint is not run. `answers` are by default the family's own words for yes and no. Raises
+    ValueError for a class without an adapter, answers that are no single tokens, or a context too short for two pictures,
+    FileNotFoundError for a folder or an id that does not lead to a model."""
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except OSError as error:
         raise FileNotFoundError(f"no vision-language model at {folder}: give a folder with config.json and tokenizer.json, or an id of the Hub and a network ({str(error).splitlines()[0]})") from error
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} is of a class that transformers does not have, or brings code of its own, which is not run ({str(error).splitlines()[0]}); "
+            "take its transformers-native twin (for InternVL the checkpoint whose name ends with -hf)"
+        ) from error
     name = (config.architectures or ["a model without architectures"])[0]
     if name not in FAMILIES:
         raise ValueError(f"no adapter for {name}; known: {', '.join(FAMILIES)}")
     settings = preprocessor_settings(folder)
-    for word in answers:
+    for word in answers or FAMILIES[name].answers:
         answer_token(tokenizer, word)
+    check_context(config, FAMILIES[name].least_tokens(config, settings), str(folder))
     try:
         model = getattr(transformers, name).from_pretrained(str(folder), trust_remote_code=False, **kwargs)
     except OSError as error:

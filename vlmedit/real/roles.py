@@ -76,8 +76,12 @@ class SharedBase:
             for name in ADAPTERS:
                 self.transformer.add_adapter(config, adapter_name=name)
         self.layers = [m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)]
-        self.weights = {role: [(n, p) for n, p in self.transformer.named_parameters() if f".{role}." in n] for role in ADAPTERS}
+        self.collect()
         self.switch("student")
+
+    def collect(self) -> None:
+        """Find each adapter's weights; again after sharding, which puts others in their place."""
+        self.weights = {role: [(n, p) for n, p in self.transformer.named_parameters() if f".{role}." in n] for role in ADAPTERS}
 
     def switch(self, role: str) -> None:
         """Make the transformer that role; every adapter stays trainable."""

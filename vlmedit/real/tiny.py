@@ -29,12 +29,16 @@ from transformers import (
     InternVLForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 
 from vlmedit.real.text import TextBank
@@ -148,18 +152,20 @@ def random_bank(prompts: int, pooled: bool = True, lengths: tuple[int, ...] = (7
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<image>", "<video>",
-    "<img>", "</img>", "<IMG_CONTEXT>",
+    "<img>", "</img>", "<IMG_CONTEXT>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<bos>",
 )  # fmt: skip
 
 
 def tokenizer(answers: tuple[str, ...] = ("Yes", "No")) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, as the large judges', with the special tokens of all families; `answers` become single tokens."""
+    """Byte-level BPE, as the large judges', with the special tokens of all families; `answers` become single tokens,
+    with a space before them and in small letters too."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    core.train_from_iterator([" ".join(answers)] * 50 if answers else [], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    spoken = [word for a in answers for word in (a, a.lower())]
+    core.train_from_iterator([f"{word} {word}" for word in spoken] * 50, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|endoftext|>", eos_token="<|im_end|>", bos_token="<bos>")
 
 
 TEXT = dict(
@@ -232,7 +238,28 @@ def internvl() -> tuple[PreTrainedModel, dict]:
     return InternVLForConditionalGeneration(config), settings
 
 
-JUDGES = {"qwen2.5-vl": qwen2_5_vl, "llava-onevision": llava_onevision, "qwen3-vl": qwen3_vl, "internvl": internvl}
+def smolvlm() -> tuple[PreTrainedModel, dict]:
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+    config = SmolVLMConfig(vision_config=vision, text_config={**TEXT, "model_type": "llama", "pad_token_id": 0}, image_token_id=_id("<image>"), scale_factor=2)
+    settings = dict(
+        image_processor_type="SmolVLMImageProcessor", size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False, resample=1,
+        image_mean=[0.5] * 3, image_std=[0.5] * 3,
+    )  # fmt: skip
+    return SmolVLMForConditionalGeneration(config), settings
+
+
+def paligemma2() -> tuple[PreTrainedModel, dict]:
+    vision = dict(
+        model_type="siglip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8,
+        vision_use_head=False,
+    )  # fmt: skip
+    text = {**TEXT, "model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 512}
+    config = PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=_id("<image>"), projection_dim=32, hidden_size=32)
+    settings = dict(image_processor_type="SiglipImageProcessor", size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3, image_seq_length=16)
+    return PaliGemmaForConditionalGeneration(config), settings
+
+
+JUDGES = {"qwen2.5-vl": qwen2_5_vl, "llava-onevision": llava_onevision, "qwen3-vl": qwen3_vl, "internvl": internvl, "smolvlm": smolvlm, "paligemma2": paligemma2}
 
 
 def save_judge(name: str, folder: str | Path, seed: int = 0, answers: tuple[str, ...] = ("Yes", "No")) -> Path:
@@ -251,6 +278,31 @@ def save_judge(name: str, folder: str | Path, seed: int = 0, answers: tuple[str,
     common = dict(do_resize=True, do_rescale=True, do_normalize=True, rescale_factor=1 / 255, resample=3)
     (folder / "preprocessor_config.json").write_text(json.dumps({**common, **settings}, indent=2))
     return folder
+
+
+def save_encoder(name: str, folder: str | Path, seed: int = 0) -> Path:
+    """Write a tiny picture encoder for the metrics, "clip" or "dino" (the class of facebook/dino-vits16). Raises KeyError for another."""
+    from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
+
+    torch.manual_seed(seed)
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    vision = dict(image_size=32, patch_size=8, **size)
+    text = dict(vocab_size=400, max_position_embeddings=77, eos_token_id=2, **size)
+    builds = {"clip": lambda: CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)), "dino": lambda: ViTModel(ViTConfig(**vision), add_pooling_layer=False)}
+    model = builds[name]()
+    with torch.no_grad():  # louder, so that pictures and texts differ visibly
+        for p in awaken(model).parameters():
+            if p.ndim > 1:
+                p.mul_(5)
+    model.save_pretrained(folder)
+    settings = dict(do_resize=True, do_rescale=True, do_normalize=True, rescale_factor=1 / 255, resample=3)
+    if name == "clip":
+        tokenizer().save_pretrained(folder)
+        settings |= dict(image_processor_type="CLIPImageProcessor", size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_center_crop=True, **CLIP)
+    else:
+        settings |= dict(image_processor_type="ViTImageProcessor", size={"height": 32, "width": 32}, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
+    return Path(folder)
 
 
 def load_backbone(folder: str | Path, prompts: int = 16, checkpointing: bool = False):

@@ -15,10 +15,12 @@ from pathlib import Path
 from vlmedit.data import TASKS
 from vlmedit.dmd import NORMS
 from vlmedit.objectives import OBJECTIVES
+from vlmedit.rewards import REWARDS, WORDINGS
 from vlmedit.unroll import CALLS, RENOISE
 from vlmedit.world.edits import ALL_TYPES
 
 TIERS = ("smoke", "laptop", "gpu")
+MAKERS = ("twins", "sdedit", "inversion", "flowedit")  # of synthetic pairs: see vlmedit/train/synthetic.py
 
 
 class ConfigError(ValueError):
@@ -181,6 +183,16 @@ class NPEditConfig(TrainConfig):
     sampler_shift: float = 1.0
     renoise: str = "fresh"
     gradient_calls: int | None = None
+    truncate: str = "fixed"  # "random": the gradient goes through the last K calls, K uniform up to all [AlignProp]
+    gan_weight: float = 0.0  # of DMD2's adversarial term beside the matching; 0.5 pulls a quarter as hard as DMD at the start [X]
+    anchor_weight: float = 0.0  # of |weights - their start|^2 [R0's kind of regularizer]
+    pretrain_weight: float = 0.0  # of the warm-up's own loss on the batch's references [ReFL's second term]
+    reward: str = "judge"  # who says whether an edit is right: see vlmedit/rewards.py
+    second: str | None = None  # folder of a second judge, asked too: an ensemble
+    wording: str = "schooled"  # of the questions: see vlmedit/rewards.py
+    augment: bool = False  # the judge sees both pictures shifted and speckled
+    teacher_draws: int = 2  # noises per picture, where the teacher is the judge
+    teacher_scale: float = 50.0  # of its margin [X]
     identity: bool = True
     answer_loss: str = "two_logits"
     gain_steps: int = 30  # updates of the logit-gain ramp; R: 2000 of 14000
@@ -201,7 +213,18 @@ class NPEditConfig(TrainConfig):
             raise ConfigError(f"fake_updates is {self.fake_updates}; it must be at least 0")
         if not 0 <= self.settled < 1:
             raise ConfigError(f"settled is {self.settled}; it is a share in [0, 1)")
-        for name, known in (("matching", OBJECTIVES), ("dmd_norm", NORMS), ("calls", CALLS), ("renoise", RENOISE), ("answer_loss", ("two_logits", "vocabulary"))):
+        for name in ("gan_weight", "anchor_weight", "pretrain_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0, which is off")
+        if self.gan_weight and not (self.dmd_weight and OBJECTIVES.get(self.matching, OBJECTIVES["dmd"]).fake):
+            raise ConfigError(f"gan_weight is {self.gan_weight}; its discriminator is a head of the fake score, which dmd_weight 0 and matching 'mmd' do not train")
+        for name, off in (("second", None), ("wording", "schooled"), ("augment", False)):
+            if self.reward != "judge" and getattr(self, name) != off:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it belongs to reward 'judge', and reward is {self.reward!r}: leave one of them out")
+        if self.teacher_draws < 1 or self.teacher_scale <= 0:
+            raise ConfigError(f"teacher_draws is {self.teacher_draws} and teacher_scale {self.teacher_scale}; at least one draw and a positive scale are needed")
+        of_words = (("reward", REWARDS), ("wording", WORDINGS), ("truncate", ("fixed", "random")))
+        for name, known in (*of_words, ("matching", OBJECTIVES), ("dmd_norm", NORMS), ("calls", CALLS), ("renoise", RENOISE), ("answer_loss", ("two_logits", "vocabulary"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
         if self.gradient_calls is not None and self.gradient_calls < 1:
@@ -229,6 +252,125 @@ class SFTConfig(TrainConfig):
     final_lr: float = 0.1
     ema: float = 0.99
     time_shift: float = 3.0
+
+
+@dataclass(frozen=True)
+class SyntheticConfig(SFTConfig):
+    """Paired training on the teacher's own pairs, those the judge says yes to [arXiv:2211.09800; arXiv:2411.18616]. Its own settings
+    say how pairs are made; the rest is SFT's."""
+
+    out: str = "runs/synthetic"
+    teacher: str = "runs/teacher/model"
+    judge: str = "runs/judge/model"
+    maker: str = "flowedit"  # what makes a pair: see vlmedit/train/synthetic.py
+    maker_start: float = 0.85  # time at which an editor leaves the reference; twins start at 1
+    maker_steps: int = 8
+    guidance: float = 2.0  # of the target caption; InstructPix2Pix: 7.5
+    candidates: int = 8  # pairs made per update
+    threshold: float = 0.5  # P(yes) to both questions above which a pair is kept
+    capacity: int = 2048  # pairs held, the newest; an update draws its batch from all of them
+    settled: float = 0.2  # as NPEditConfig: the same requests
+    pool: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("candidates", "maker_steps", "capacity"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.maker_start <= 1:
+            raise ConfigError(f"maker_start is {self.maker_start}; it is a time in (0, 1]")
+        if not 0 <= self.threshold < 1:
+            raise ConfigError(f"threshold is {self.threshold}; it is a probability in [0, 1)")
+        if self.maker not in MAKERS:
+            raise ConfigError(f"maker is {self.maker!r}; known: {', '.join(MAKERS)}")
+
+    @classmethod
+    def tiers(cls):
+        base = super().tiers()
+        return {**base, "smoke": {**base["smoke"], "candidates": 2, "maker_steps": 2, "capacity": 8}, "gpu": dict(side=64, batch=128, candidates=32)}
+
+
+@dataclass(frozen=True)
+class CycleConfig(TrainConfig):
+    """What the unpaired rivals without a VLM share: requests with their inverse, and a cycle back to the reference."""
+
+    teacher: str = "runs/teacher/model"
+    student: str = "runs/warmup/model"
+    steps: int = 2000
+    batch: int = 32
+    lr: float = 1.0e-3
+    betas: tuple[float, float] = (0.5, 0.98)
+    weight_decay: float = 0.0
+    warmup: int = 20
+    final_lr: float = 0.1
+    ema: float = 0.99
+    cycle_weight: float = 1.0  # CycleGAN-Turbo: 1
+    nothing_weight: float = 1.0  # CycleGAN-Turbo's identity term, 1: of the distance to the reference where nothing is to be done
+    settled: float = 0.2  # as NPEditConfig: the same requests
+    pool: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("cycle_weight", "nothing_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0, which is off")
+
+
+@dataclass(frozen=True)
+class CycleGANConfig(CycleConfig):
+    """CycleGAN-Turbo, its two domains being captions [arXiv:2403.12036; R here: its released train_cyclegan_turbo.py]."""
+
+    out: str = "runs/cyclegan"
+    gan_weight: float = 0.5  # R: 0.5
+    critic_lr: float = 1e-3
+    critic_updates: int = 1  # per student update [R]
+    mismatch: float = 0.5  # share of the critic's references shown with another one's caption, as false [GAN-CLS, arXiv:1605.05396]; R: 0
+    calls: str = "mixed"  # in the unroll; R: one
+    sampler_steps: int = 4
+    sampler_shift: float = 1.0
+    renoise: str = "fresh"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gan_weight <= 0:
+            raise ConfigError(f"gan_weight is {self.gan_weight}; without it copying is the best answer: it must be positive")
+        if self.critic_updates < 1:
+            raise ConfigError(f"critic_updates is {self.critic_updates}; it must be at least 1")
+        if not 0 <= self.mismatch <= 1:
+            raise ConfigError(f"mismatch is {self.mismatch}; it is a share in [0, 1]")
+        for name, known in (("calls", CALLS), ("renoise", RENOISE)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
+
+    @classmethod
+    def tiers(cls):
+        return {**super().tiers(), "gpu": dict(side=64, batch=128)}
+
+
+@dataclass(frozen=True)
+class BootstrapConfig(CycleConfig):
+    """Bootstrap Your Generator: the frozen model's direction of change, and a cycle [arXiv:2606.03911; the settings are ours]."""
+
+    out: str = "runs/bootstrap"
+    prior_weight: float = 1.0
+    guidance: float = 2.0  # of the target caption in the direction of change
+    sampler_steps: int = 4  # of the pseudo-target
+    sampler_shift: float = 1.0
+    time_shift: float = 3.0  # of the noisy states that are trained, as SFT's
+    follow: float = 0.99  # decay of the average that makes pseudo-targets
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.prior_weight <= 0:
+            raise ConfigError(f"prior_weight is {self.prior_weight}; without it copying is the best answer: it must be positive")
+        if not 0 <= self.follow < 1:
+            raise ConfigError(f"follow is {self.follow}; it must lie in [0, 1)")
+        if self.sampler_steps < 1:
+            raise ConfigError(f"sampler_steps is {self.sampler_steps}; it must be at least 1")
+
+    @classmethod
+    def tiers(cls):
+        return {**super().tiers(), "gpu": dict(side=64, batch=128)}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,692 @@
+"""A whole real run on tiny random models: end to end, resumed, in two processes, in two precisions, and refused where it must be."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import saved_elements
+from torch import nn
+
+from vlmedit.cli import main, read_settings, typed
+from vlmedit.data import rng_for
+from vlmedit.flow import few_step_times, guide, sample
+from vlmedit.judging import judge_loss
+from vlmedit.pictures import InputError
+from vlmedit.real import loading, plan, train
+from vlmedit.real.backbones import pack, unpack
+from vlmedit.real.cache import PromptCache, pipeline_encoder
+from vlmedit.real.datasets import read_items, write_shards
+from vlmedit.real.export import ZIMAGE, export, push_to_hub
+from vlmedit.real.feed import Feed, Order, book_of, load_fitted, nearest, read_manifest
+from vlmedit.real.rehearsal import made
+from vlmedit.real.requests import Book
+from vlmedit.real.settings import CONFIGS, CopyConfig, RealConfig, find_config, shipped
+from vlmedit.real.train import Guided, RealEdit, Setup, Waiting, train_copy, train_real
+from vlmedit.train.config import ConfigError
+
+ROOT = Path(__file__).parent.parent
+BACKBONES = ("z-image", "flux")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict:
+    """Pipelines, judge and data on disk, and the prompts encoded once per pipeline."""
+    folder = tmp_path_factory.mktemp("places")
+    found = {name: made(f"tiny:{name}", folder, "backbone") for name in BACKBONES}
+    return {**found, "judge": made("tiny:internvl", folder, "judge"), "data": made("tiny:shapes", folder, "data"), "folder": folder}
+
+
+@pytest.fixture
+def settings(places, tmp_path):
+    """Settings of a run by overrides."""
+    base = read_settings(CONFIGS / "tiny.yaml")
+
+    def make(backbone="z-image", **overrides) -> dict:
+        text = str(places["folder"] / f"text-{Path(backbone).name}-{overrides.get('precision', 'no')}")
+        own = dict(backbone=places.get(backbone, backbone), judge=[places["judge"]], data=places["data"], text_cache=text, out=str(tmp_path / "run"), trackers=[])
+        return {**base, **own, **overrides}
+
+    return make
+
+
+def config_of(given: dict, config_class=RealConfig) -> RealConfig:
+    return config_class.make("laptop", **typed(config_class, given))
+
+
+def editor(given: dict) -> tuple[RealEdit, Setup]:
+    """Everything loaded as a run loads it, before its first update."""
+    setup = Setup(config_of(given))
+    judge = loading.load_judges(setup.config, setup.questions, setup.run.accelerator)
+    return RealEdit(setup.config, setup.roles, judge, setup.codec, setup.run.device), setup
+
+
+def moved(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    return max((a[k].float() - b[k].float()).abs().max().item() for k in a)
+
+
+# --- the run
+
+
+def test_a_run_from_the_command_line(tmp_path, capfd):
+    """`train npedit --config tiny` builds its models, encodes its prompts, trains, and leaves an adapter that a stock transformer takes; the
+    same command again has nothing to do."""
+    out = tmp_path / "run"
+    command = ["train", "npedit", "--config", "configs/tiny.yaml", "--set", "steps=2", "trackers=tensorboard", "--out", str(out), "--json", str(tmp_path / "r.json")]
+    assert main(command) == 0
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["updates"] == 2 and {"judge_loss", "fake_loss", "gradient_dmd", "seconds_judge"} <= record["metrics"].keys()
+    assert list(out.glob("vlmedit/events*")) and Image.open(out / "strips" / "000002.png").width > 200
+    from diffusers import ZImageTransformer2DModel
+
+    stock = ZImageTransformer2DModel.from_pretrained(out / "tiny/backbone/z-image/transformer")
+    stock.load_lora_adapter(out / "model", prefix=None, weight_name=loading.LORA_FILE)
+    saved = load_file(out / "model" / loading.LORA_FILE)
+    assert any(v.any() for k, v in saved.items() if "lora_B" in k)
+    assert sum("lora" in n for n, _ in stock.named_parameters()) == len(saved)
+    capfd.readouterr()
+    assert main(command) == 0 and "nothing left to do" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("backbone, roles", [("z-image", "adapters"), ("flux", "modules")])
+def test_a_resumed_run_is_the_uninterrupted_one(settings, tmp_path, backbone, roles):
+    """Killed in the third update of three, with a checkpoint every two: weights of both roles, average, moments and data position end bit for
+    bit as those of a run without interruption."""
+    given = settings(backbone, roles=roles, steps=3, batch=1, accumulate=2, fake_rollouts="shared" if roles == "modules" else "fresh", strip_every=100)
+    for name in ("whole", "killed"):
+        config = config_of({**given, "out": str(tmp_path / name)})
+        for step in train_real(config):
+            if name == "killed" and step.index == 3:
+                break
+        if name == "killed":
+            assert json.loads((tmp_path / "killed/checkpoint/state.json").read_text())["step"] == 2
+            assert [s.index for s in train_real(config)] == [3]
+    whole, killed = (tmp_path / n / "checkpoint" for n in ("whole", "killed"))
+    for file in ("model", "fake", "model.ema"):
+        a, b = load_file(whole / f"{file}.safetensors"), load_file(killed / f"{file}.safetensors")
+        assert all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys()
+    a, b = (torch.load(p / "optimizers.pt", weights_only=True) for p in (whole, killed))
+    assert a["data"] == b["data"] and a["data"]["drawn"] >= 2 * 3 * (1 if roles == "modules" else 2)
+    for role in ("model", "fake"):
+        for i, state in a[role][0]["state"].items():
+            assert all(torch.equal(v, b[role][0]["state"][i][k]) for k, v in state.items())
+    other = config_of({**given, "out": str(tmp_path / "whole"), "judge_weight": 0.5})
+    with pytest.raises(ConfigError, match="judge_weight: 0.02 there, 0.5 now"):
+        next(iter(train_real(other)))
+
+
+def test_roles_can_wait_on_the_cpu(settings, monkeypatch):
+    """Two updates with every role waiting while others work end with the weights of two updates without; weights were elsewhere meanwhile,
+    a frozen role's home is never written, and nobody is missing when it is called."""
+    states, away = [], []
+    leave = Waiting.leave
+
+    def watch(self):
+        away.append(bool(self.homes) and all(p.data_ptr() != home.data_ptr() for p, home in self.homes.items()))
+        leave(self)
+
+    monkeypatch.setattr(Waiting, "leave", watch)
+    for offload in ((), ("student", "fake", "teacher", "judge")):
+        given = settings("flux", roles="modules", steps=2, offload=list(offload), out=str(Path(settings()["out"]) / f"{len(offload)}"))
+        list(train_real(config_of(given)))
+        states.append(load_file(Path(given["out"]) / "checkpoint/model.safetensors"))
+    assert moved(*states) == 0 and sum(away) > 4
+    module = nn.Linear(3, 3).requires_grad_(False)
+    home = module.weight.data_ptr()
+    waiting = Waiting(module, torch.device("cpu"))
+    waiting.enter()
+    module.weight.data.add_(1)
+    waiting.leave()
+    assert module.weight.data_ptr() == home and module.weight.abs().max() < 1
+
+
+def test_two_processes_train_as_one(settings, places, tmp_path):
+    """FSDP2 over gloo, three modules and adapters: two processes, killed in their second update and resumed from the first, end with the
+    weights of one process that accumulates their two batches (to 2 % of the farthest weight's way; norms to 1e-4). Every trained weight was
+    sharded, and one process alone on half the batches ends elsewhere."""
+    files, kinds = [], ("modules", "adapters")
+    common = {kind: settings("flux", roles=kind, steps=2, batch=1, buckets=["64x64"], ema=0.5, save_every=1) for kind in kinds}
+    for kind in kinds:
+        given = {**common[kind], "sharding": "fsdp2", "out": str(tmp_path / f"{kind}-two")}
+        files.append(tmp_path / f"{kind}.json")
+        files[-1].write_text(json.dumps(given))
+    norms = {kind: [s.metrics["gradient_norm"] for s in train_real(config_of({**common[kind], "accumulate": 2, "out": str(tmp_path / f"{kind}-one")}))] for kind in kinds}
+    list(train_real(config_of({**common["adapters"], "out": str(tmp_path / "adapters-half")})))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(Path(__file__).with_name("two_real_processes.py")), *map(str, files)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = lambda kind, where, file: load_file(tmp_path / f"{kind}-{where}/checkpoint/{file}.safetensors")
+    for kind in kinds:
+        ranks = [json.loads((tmp_path / f"{kind}-two/rank{r}.json").read_text()) for r in range(2)]
+        assert ranks[0] == ranks[1] and ranks[0]["processes"] == 2 and min(ranks[0]["sharded"]) > 30
+        assert ranks[0]["norms"] == pytest.approx([*norms[kind], norms[kind][1]], rel=1e-4)
+        for file in ("model", "fake", "model.ema"):
+            one, two = (weights(kind, where, file) for where in ("one", "two"))
+            assert moved(one, two) < 0.02 * 2e-3  # a weight moves up to 1e-3 per update
+    assert moved(weights("adapters", "half", "model"), weights("adapters", "two", "model")) > 2e-4
+
+
+def test_copy_warmup_starts_a_run(settings, tmp_path):
+    """The warm-up's loss is finite and its student, saved, is what a run with `start` begins with: of modules and of adapters."""
+    for roles, backbone in (("modules", "flux"), ("adapters", "z-image")):
+        given = settings(backbone, roles=roles, steps=2, lr=1e-2, warmup=1, ema=0.0, out=str(tmp_path / roles))
+        steps = list(train_copy(config_of(given, CopyConfig)))
+        assert all(0 < s.metrics["loss"] < 100 and s.metrics["gradient_norm"] > 0 for s in steps)
+        after = load_file(tmp_path / roles / "checkpoint/model.safetensors")
+        begun = Setup(config_of({**given, "start": str(tmp_path / roles / "model"), "out": str(tmp_path / f"{roles}-on")})).roles
+        assert moved(after, begun.student.state_dict()) == 0
+        if roles == "modules":
+            assert moved(begun.student.state_dict(), begun.teacher.state_dict()) > 1e-3
+            assert moved(begun.fake.state_dict(), begun.teacher.state_dict()) == 0
+
+
+# --- the update
+
+
+def test_recomputing_keeps_less_and_changes_nothing(settings):
+    """Unroll, decoder and judge together keep less than 0.7 of the elements with all three recomputed, each alone less than none; the
+    student's gradients agree to 1e-5 of their size."""
+    kept, slopes = {}, []
+    for on in ([], ["backbone"], ["judge"], ["codec"], ["backbone", "judge", "codec"]):
+        edit, setup = editor(settings(checkpointing=on))
+        ((_, batch),) = setup.feed.parts(0)
+
+        def whole():
+            torch.manual_seed(3)
+            output = edit.edit(batch, (1.0, 0.9))
+            return judge_loss(edit.judge, batch, edit.codec.decode(output))[0]
+
+        kept[tuple(on)] = saved_elements(whole)
+        if len(on) != 1:
+            whole().backward()
+            slopes.append(torch.cat([p.grad.flatten() for p in setup.roles.student.parameters() if p.grad is not None]))
+    assert all(kept[(part,)] < 0.95 * kept[()] for part in ("backbone", "judge", "codec"))
+    assert kept[("backbone", "judge", "codec")] < 0.7 * kept[()]
+    assert slopes[0].abs().max() > 0 and (slopes[0] - slopes[1]).norm() < 1e-5 * slopes[0].norm()
+
+
+def test_bf16_agrees_with_fp32(settings):
+    """One update's student gradient under bf16 autocast with a bf16 base points where fp32's does (cosine above 0.95), and every loss
+    agrees to 5 %; trained weights and gradients stay fp32."""
+    slopes, metrics = [], []
+    for precision in ("no", "bf16"):
+        edit, setup = editor(settings("flux", precision=precision, judge_weight=1.0))
+        ((_, batch),) = setup.feed.parts(0)
+        torch.manual_seed(3)
+        with setup.run.accelerator.autocast():
+            _, m = edit.student_backward(batch, (1.0, 0.9), 10)
+        grads = [p.grad for p in setup.roles.student.parameters() if p.grad is not None]
+        assert all(g.dtype == torch.float32 for g in grads)
+        slopes.append(torch.cat([g.flatten() for g in grads]))
+        metrics.append(m)
+        base = next(p for n, p in setup.roles.student.shared.transformer.named_parameters() if "base_layer.weight" in n)
+        assert base.dtype == (torch.float32 if precision == "no" else torch.bfloat16)
+    assert torch.nn.functional.cosine_similarity(*slopes, dim=0) > 0.95
+    assert metrics[1] == pytest.approx(metrics[0], rel=0.05)
+
+
+def test_guidance_is_by_edit_type(settings):
+    """Each row's real score is guided by its own scale, the released 7.5 for removals, shape, style and action and 3.5 otherwise; at 1 the
+    unconditional score is never asked."""
+    calls = []
+
+    class Scores(nn.Module):
+        def forward(self, x, t, text):
+            calls.append(text)
+            return x * (text.view(-1, 1, 1, 1) + 1.0)
+
+    guided, x, t, text = Guided(Scores()), torch.randn(2, 3, 4, 4), torch.rand(2), torch.tensor([[2], [5]])
+    assert torch.equal(guided(x, t, text), x * torch.tensor([3.0, 6.0]).view(-1, 1, 1, 1)) and len(calls) == 1
+    guided.scale = torch.tensor([3.5, 7.5])
+    for row, scale in enumerate((3.5, 7.5)):
+        torch.testing.assert_close(guided(x, t, text)[row], guide(x[row] * (text[row] + 1.0), x[row], scale))
+    edit, setup = editor(settings())
+    ((_, batch),) = setup.feed.parts(0)
+    batch = replace(batch, types=("remove", "color"))
+    torch.manual_seed(0)
+    edit.output_gradients(batch, torch.randn(2, 4, 16, 16), 0)
+    assert edit.teacher.scale.tolist() == [7.5, 3.5]
+
+
+def test_blocks_can_be_compiled(settings, monkeypatch):
+    """With a torch.compile backend every block of the backbone is compiled, and the run goes on through adapters."""
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **kw: compiled.append((type(self).__name__, kw["backend"])))
+    Setup(config_of(settings(compile="eager")))
+    assert set(compiled) == {("ZImageTransformerBlock", "eager")} and len(compiled) >= 2
+
+
+# --- data
+
+
+def test_the_manifest_becomes_batches(places, settings):
+    """Pictures come in buckets of their own aspect ratio, whole batches of one size; requests, prompts and answers are the manifest's."""
+    rows = read_manifest(places["data"])
+    config = config_of(settings(batch=2, nothing_share=0.0))
+    prompts, questions = book_of(rows, "negative"), Book()
+    feed = Feed(rows, config, prompts, questions)
+    size, sizes = len(prompts.texts), set()
+    for k in range(6):
+        ((number, batch),) = feed.parts(k)
+        assert number == 0 and batch.reference.abs().max() <= 1
+        sizes.add(tuple(batch.reference.shape[-2:]))
+        for i, words in enumerate(prompts.look_up(batch.instruction)):
+            request = next(r.request for r in rows if r.request.instruction == words and r.request.type == batch.types[i])
+            assert batch.edit_answer[i] == (request.type != "remove")
+    assert len(prompts.texts) == size and prompts.texts[0] == "negative" and sizes == {(64, 64), (48, 96), (96, 48)}
+    always = Feed(rows, replace(config, nothing_share=1.0), prompts, questions).parts(0)[0][1]
+    assert always.nothing.all() and torch.equal(always.target_caption, always.reference_caption)
+
+
+def test_the_nearest_bucket_and_what_is_cut(tmp_path):
+    """The aspect ratio decides; a picture covers its bucket, and what protrudes is cut off evenly on both sides."""
+    sizes = RealConfig().sizes
+    for size, bucket in (((1000, 990), 0), ((4032, 3024), 5), ((1080, 1920), 4), ((900, 700), 1)):
+        assert nearest(size, sizes) == bucket, size
+    wide = Image.new("RGB", (300, 100), "red")
+    wide.paste("blue", (100, 0, 200, 100))
+    wide.save(tmp_path / "wide.png")
+    picture = load_fitted(tmp_path / "wide.png", (64, 64))
+    assert picture.shape == (3, 64, 64) and (picture[2, :, 4:-4] > 0.9).all() and (picture[0, :, 4:-4] < -0.9).all()
+
+
+def test_order_uses_every_row_and_resumes():
+    """Without shares every row comes once per epoch; with shares types come by them; a restored position goes on exactly; the seed matters."""
+    kinds = ["a"] * 6 + ["b"] * 2
+    order = Order(kinds, lambda row: row % 2, 2)
+    epoch = sorted(row for _ in range(4) for row in order.next()[1])
+    assert epoch == list(range(8))
+    shared = Order(kinds, lambda row: 0, 1, {"a": 0.2, "b": 0.8})
+    drawn = [shared.next()[1][0] for _ in range(400)]
+    assert sum(row >= 6 for row in drawn) / 400 == pytest.approx(0.8, abs=0.06)
+    for _ in range(3):
+        order.next()
+    again = Order(kinds, lambda row: row % 2, 2)
+    again.load_state_dict(json.loads(json.dumps({"x": order.state_dict()}), object_hook=lambda d: {int(k) if k.isdigit() else k: v for k, v in d.items()})["x"])
+    assert [order.next() for _ in range(9)] == [again.next() for _ in range(9)]
+    other = Order(kinds, lambda row: row % 2, 2, seed=1)
+    assert [other.next() for _ in range(4)] != [Order(kinds, lambda row: row % 2, 2).next() for _ in range(4)]
+    with pytest.raises(InputError, match="no share of b"):
+        Order(kinds, lambda row: 0, 1, {"a": 1.0})
+
+
+def test_processes_split_one_order(places, settings):
+    """Two processes' batches together are those of one that accumulates both, number by number."""
+    rows, config = read_manifest(places["data"]), config_of(settings(batch=1))
+    feed = lambda accumulate, *process: Feed(rows, replace(config, accumulate=accumulate), book_of(rows), Book(), *process)
+    one, two = feed(2), [feed(1, rank, 2) for rank in range(2)]
+    for k in range(3):
+        whole = one.parts(k)
+        split = [part for f in two for part in f.parts(k)]
+        assert [n for n, _ in whole] == [n for n, _ in split] == [0, 1]
+        assert all(torch.equal(a.reference, b.reference) and a.types == b.types for (_, a), (_, b) in zip(whole, split))
+
+
+def test_shards_and_parquet_are_the_same_rows(places, tmp_path):
+    """Tar shards are read in place and give the manifest's pictures and requests; so does a table of paths."""
+    rows = read_manifest(places["data"])
+    write_shards(read_items(places["data"]), tmp_path / "tar", "tar", per_shard=5)
+    packed = read_manifest(tmp_path / "tar")
+    assert [r.request for r in packed] == [r.request for r in rows]
+    assert all(torch.equal(load_fitted(a.image, (64, 64)), load_fitted(b.image, (64, 64))) for a, b in zip(rows, packed))
+    pandas, _ = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    lines = [json.loads(line) for line in Path(places["data"]).read_text().splitlines()]
+    pandas.DataFrame(lines).to_parquet(Path(places["data"]).parent / "train.parquet")
+    assert read_manifest(Path(places["data"]).parent / "train.parquet") == rows
+
+
+def test_prompts_are_encoded_once(places, tmp_path):
+    """What the cache hands out is what the pipeline's own encoder gives; an interrupted filling goes on; another encoder is refused; a
+    prompt that is not there is named."""
+    encode = pipeline_encoder(places["z-image"], torch.device("cpu"), torch.float32, 64)
+    texts, asked = ["negative", "a red dog", "make the dog red", "a house"], []
+
+    def counted(some):
+        asked.extend(some)
+        return encode(some)
+
+    cache = PromptCache(tmp_path / "text", {"backbone": "z"})
+    next(cache.fill(texts, counted, at_once=2))  # stopped after the first shard
+    again = PromptCache(tmp_path / "text", {"backbone": "z"})
+    assert list(again.fill(texts, counted, at_once=2)) == [2] and asked == texts
+    bank = again.bank(texts[::-1])
+    for text, states in zip(texts, reversed(list(bank(torch.arange(4)).rows()))):
+        assert torch.equal(states, encode([text]).states[0])
+    with pytest.raises(InputError, match="prompts of another encoder"):
+        PromptCache(tmp_path / "text", {"backbone": "other"})
+    with pytest.raises(InputError, match="lacks 1 prompts, the first 'new'"):
+        again.bank(["new"])
+
+
+# --- the budget
+
+
+def test_the_dry_run_counts_what_is_loaded(settings, capsys):
+    """Parameters and standing bytes per role are those of the loaded models: adapters and modules, bf16 base, codec in fp32; nothing is
+    loaded for it; the table is printed."""
+    for roles in ("adapters", "modules"):
+        given = settings("flux", roles=roles, precision="bf16")
+        counted = {r.role: r for r in plan.plan(config_of(given)).roles}
+        edit, setup = editor(given)
+        size = lambda m: sum(p.numel() for p in m.parameters())
+        bytes_of = lambda m: sum(p.numel() * p.element_size() for p in m.parameters())
+        for role in ("student", "fake"):
+            assert counted[role].parameters == size(getattr(setup.roles, role)) and counted[role].weights == bytes_of(getattr(setup.roles, role))
+            assert counted[role].gradients == counted[role].weights and counted[role].moments == 2 * counted[role].weights
+        assert counted["judge"].weights == bytes_of(edit.judge) and counted["autoencoder"].weights == bytes_of(edit.codec)
+        frozen = setup.roles.teacher if roles == "modules" else [p for n, p in setup.roles.student.shared.transformer.named_parameters() if "lora" not in n]
+        assert counted["teacher"].weights == sum(p.numel() * p.element_size() for p in (frozen.parameters() if roles == "modules" else frozen))
+    given = ["train", "npedit", "--config", "tiny", "--set", *(f"{k}={v}" for k, v in (("backbone", given["backbone"]), ("data", given["data"]))), "--dry-run", "--out", given["out"]]
+    assert main(given) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("student", "fake", "teacher", "judge", "peak", "TFLOP")) and not Path(given[-1], "text").exists()
+
+
+def test_settings_change_the_budget_as_they_must(settings):
+    """Offload takes weights off the device, shards divide, recomputation and fewer rollouts cost less, 8-bit moments a quarter."""
+    base = plan.plan(config_of(settings("flux", roles="modules")))
+    having = lambda **kw: plan.plan(config_of(settings("flux", roles="modules", **kw)))
+    weights = {r.role: r.weights for r in base.roles}
+    moved_out = having(offload=["judge", "teacher"])
+    assert base.memory("student") - moved_out.memory("student") == weights["judge"] + weights["teacher"]
+    assert base.memory("judge") - moved_out.memory("judge") == weights["teacher"]
+    acts = lambda p: sum(r.activations for r in p.roles)
+    assert acts(having(checkpointing=[])) > acts(base) and acts(having(batch=4)) == 2 * acts(base)
+    flops = lambda p: {r.role: r.flops for r in p.roles}
+    assert flops(having(fake_rollouts="shared"))["fake"] < flops(base)["fake"] < flops(having(fake_updates=5))["fake"]
+    assert flops(having(checkpointing=[]))["student"] == pytest.approx(flops(base)["student"] * 3 / 4)
+    eight = plan.plan(config_of(settings("flux", roles="modules")), 8, True)
+    held = sum(r.activations for r in base.roles if r.role == "student")
+    codec = next(r for r in base.roles if r.role == "autoencoder").standing
+    assert eight.memory("student") - held - codec == pytest.approx((base.memory("student") - held - codec) / 8)
+
+
+def test_the_released_recipe_is_counted_without_a_network():
+    """Z-Image with InternVL3-14B from the published configurations: 6.15 and 15.1 billion parameters; three modules in mixed precision need
+    more than one 141 GB device, eight sharded ones do not; adapters fit one."""
+    released = plan.plan(config_of(read_settings(CONFIGS / "zimage_internvl.yaml")), 1, False)
+    sizes = {r.role: r.parameters / 1e9 for r in released.roles}
+    assert sizes["student"] == pytest.approx(6.15, rel=0.005) and sizes["judge"] == pytest.approx(15.1, rel=0.005)
+    assert released.peak > 141e9 and replace_processes(released, 8).peak < 80e9
+    lora = plan.plan(config_of(read_settings(CONFIGS / "zimage_internvl_lora.yaml")), 1, False)
+    assert lora.peak < 80e9
+
+
+def replace_processes(found: plan.Plan, processes: int) -> plan.Plan:
+    return replace(found, processes=processes, sharded=True)
+
+
+# --- settings
+
+
+def test_shipped_settings_are_the_recipe():
+    """Every shipped file makes a configuration; the released one is the defaults plus its start, its times are the published ones, and each
+    of its lines names its source; a file is found by name or path."""
+    for name, path in shipped().items():
+        config_class = CopyConfig if name.endswith("refcopy") else RealConfig
+        config_of(read_settings(path), config_class)
+        assert all("#" in line for line in path.read_text().splitlines() if ":" in line and name.startswith(("zimage", "flux", "qwen")) and not line.startswith(("#", "out:"))), name
+        assert find_config(Path(name)) == find_config(Path(f"configs/{name}.yaml")) == path
+    given = config_of(read_settings(shipped()["zimage_internvl"]))
+    defaults = replace(RealConfig(), start=given.start, out=given.out, omni=True, type_shares=given.type_shares)
+    assert given == defaults
+    assert few_step_times(given.sampler_steps, given.sampler_shift) == pytest.approx((1, 0.9474, 0.8571, 0.6667), abs=1e-4)
+    copy = config_of(read_settings(shipped()["zimage_refcopy"]), CopyConfig)
+    assert copy == replace(CopyConfig(), out=copy.out, type_shares=copy.type_shares, checkpointing=("backbone",))
+    from vlmedit.real.recipe import MAIN_STAGE
+
+    for line in MAIN_STAGE:  # the number in our table of the recipe is the number of the file
+        value = getattr(given, line.here, None) if line.here and line.here not in ("side", "ema", "precision") else None
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            first = float(re.search(r"[\d.]+(?:e-\d+)?", line.released.replace(",", ""))[0])
+            assert value == pytest.approx(first), line.what
+
+
+def test_accelerate_reads_its_files():
+    """The shipped configuration files are accelerate's own, and FSDP2 is what the one for eight GPUs asks for."""
+    from accelerate.commands.config import load_config_from_file
+
+    found = {p.stem: load_config_from_file(str(p)) for p in (CONFIGS / "accelerate").glob("*.yaml")}
+    assert found.keys() == {"one_gpu", "fsdp2_8gpu", "two_cpu"}
+    assert found["fsdp2_8gpu"].num_processes == 8 and found["fsdp2_8gpu"].fsdp_config["fsdp_version"] == 2 and found["two_cpu"].use_cpu
+
+
+@pytest.fixture
+def nothing_is_read(monkeypatch):
+    """Reading any weight is an error."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a weight was read")
+
+    for name in ("load_transformer", "load_judge"):
+        monkeypatch.setattr(loading, name, refuse)
+    monkeypatch.setattr(loading.diffusers.AutoModel, "from_pretrained", refuse)
+    monkeypatch.setattr(train, "pipeline_encoder", refuse)
+
+
+def spoil(places, tmp_path, what) -> dict:
+    """One thing wrong with a run."""
+    half = tmp_path / "half"
+    copy = lambda name: shutil.copytree(places[name], half)
+    change = lambda file, **kw: (half / file).write_text(json.dumps({**json.loads((half / file).read_text()), **kw}))
+    if what == "unknown key":
+        return {"bacth": 3}
+    if what == "missing folder":
+        return {"backbone": str(tmp_path / "gone")}
+    if what == "id without network":
+        return {"judge": ["nobody/nothing-7b"]}
+    if what == "half a backbone":
+        (copy("z-image") / "transformer/diffusion_pytorch_model.safetensors").unlink()
+    elif what == "half an index":
+        folder = copy("z-image") / "transformer"
+        (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model-00001-of-00002.safetensors")
+        index = {"weight_map": {"a": "diffusion_pytorch_model-00001-of-00002.safetensors", "b": "diffusion_pytorch_model-00002-of-00002.safetensors"}}
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    elif what == "unknown class":
+        copy("z-image")
+        change("transformer/config.json", _class_name="LuminaNextDiT2DModel")
+    elif what == "pipeline as code":
+        copy("z-image")
+        change("model_index.json", transformer=["pipeline.py", "MyTransformer"])
+    elif what == "judge as code":
+        copy("judge")
+        change("config.json", architectures=["InternVLChatModel"], auto_map={"AutoModel": "modeling.InternVLChatModel"})
+        return {"judge": [str(half)]}
+    elif what == "no single token":
+        from vlmedit.real import tiny
+
+        copy("judge")
+        tiny.tokenizer(()).save_pretrained(half)
+        return {"judge": [str(half)]}
+    elif what == "no captions":
+        (tmp_path / "bare.jsonl").write_text(json.dumps({"image": "a.png", "instruction": "make it red", "type": "color"}))
+        return {"data": str(tmp_path / "bare.jsonl")}
+    elif what == "no pictures":
+        words = {"image": "gone.png", "instruction": "make it red", "type": "color", "caption": "a", "target_caption": "b"}
+        (tmp_path / "bare.jsonl").write_text(json.dumps(words))
+        return {"data": str(tmp_path / "bare.jsonl")}
+    elif what == "no bitsandbytes":
+        return {"optimizer": "adamw8bit"}
+    elif what == "no tracker":
+        return {"trackers": ["wandb"]}
+    elif what == "no start":
+        return {"start": str(tmp_path / "nowhere")}
+    return {"backbone": str(half)}
+
+
+BAD = {
+    "unknown key": r"unknown config key 'bacth' of RealConfig; nearest: batch",
+    "missing folder": r"gone: no such folder",
+    "id without network": r"judge: nobody/nothing-7b: no such folder, and no model of the Hub that can be reached",
+    "half a backbone": r"half a model, it lacks its weights .*; download it again",
+    "half an index": r"it lacks diffusion_pytorch_model-00002-of-00002.safetensors; download it again",
+    "unknown class": r"no adapter for LuminaNextDiT2DModel; known: FluxTransformer2DModel",
+    "pipeline as code": r"pipeline of its own as code, which is not run",
+    "judge as code": r"InternVLChatModel, code of its own, which is not run; .*-hf",
+    "no single token": r"writes 'Yes' as 3 tokens",
+    "no captions": r"no caption and no target_caption",
+    "no pictures": r"no picture .*gone.png",
+    "no bitsandbytes": r"needs bitsandbytes, and that is not installed",
+    "no tracker": r"trackers names wandb, which is not installed",
+    "no start": r"start is .*nowhere', which is no folder",
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_message_before_any_weight(settings, places, tmp_path, what, nothing_is_read, capsys):
+    if (package := {"no bitsandbytes": "bitsandbytes", "no tracker": "wandb"}.get(what)) and importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed here")
+    given = settings(**spoil(places, tmp_path, what))
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(given))
+    assert main(["train", "npedit", "--config", str(tmp_path / "s.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert re.search(BAD[what], said) and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (dict(side=64), "come in buckets"),
+        (dict(buckets=("500x500",)), "multiples of 16"),
+        (dict(buckets=("large",)), "WIDTHxHEIGHT"),
+        (dict(matching="mmd", batch=2), "known: dmd, sid, pseudo-huber"),
+        (dict(roles="lora"), "known: modules, adapters"),
+        (dict(roles="adapters", offload=("teacher",)), "only the judge can wait"),
+        (dict(offload=("judge",), sharding="fsdp2"), "fsdp_offload_params"),
+        (dict(checkpointing=("vae",)), "checkpointing names 'vae'"),
+        (dict(type_shares={"remove": -1}), "shares that are at least 0"),
+        (dict(nothing_share=2), "share in"),
+        (dict(judge=()), "judge is empty"),
+        (dict(fake_updates=-1), "fake_updates is -1"),
+        (dict(optimizer="sgd"), "known: adamw"),
+        (dict(rank=0), "rank is 0"),
+    ],
+)
+def test_wrong_settings_are_named(wrong, said):
+    with pytest.raises(ConfigError, match=said):
+        RealConfig.make("laptop", **wrong)
+
+
+def test_a_removal_is_mirrored_only_where_it_may(places, settings):
+    """Mirroring every picture leaves those alone whose words say left or right."""
+    rows = read_manifest(places["data"])
+    config = replace(config_of(settings(nothing_share=0.0)), flip=1.0)
+    feed = Feed(rows, config, book_of(rows), Book())
+    row = rows[0]
+    for words, mirrored in (("make it red", True), ("remove the left circle", False)):
+        feed.rows = [replace(row, request=replace(row.request, instruction=words, type="color"))]
+        batch = feed.load(0, [0], rng_for("x"))
+        plain = load_fitted(row.image, config.sizes[0])
+        assert torch.equal(batch.reference[0], plain.flip(-1) if mirrored else plain)
+
+
+# --- out of a run
+
+
+def finished(settings, tmp_path, backbone: str, **overrides):
+    """The folder of a run whose student is random, and the student as it was."""
+    given = settings(backbone, out=str(tmp_path / "run"), **overrides)
+    setup = Setup(config_of(given))
+    student = setup.roles.student
+    with torch.no_grad():
+        for i, p in enumerate(student.parameters()):
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    setup.finish(student, None)
+    setup.config.save(tmp_path / "run" / "config.json")
+    return setup, student
+
+
+@torch.no_grad()
+def own_sampler(setup, student, picture, words: str, packed: bool):
+    """Our sampler from the global generator, in the layout in which the pipeline draws its noise."""
+    encode = pipeline_encoder(setup.config.backbone, torch.device("cpu"), torch.float32, 64)
+    text = encode([words])(torch.tensor([0]))
+    reference = setup.codec.encode(picture)
+    times = few_step_times(setup.config.sampler_steps, setup.config.sampler_shift)
+    ways = (pack, lambda z: unpack(z, *reference.shape[-2:])) if packed else (lambda z: z, lambda z: z)
+    start = torch.randn(ways[0](reference).shape)
+    velocity = lambda x, t: ways[0](student(ways[1](x), t, text, reference))
+    return start, setup.codec.decode(ways[1](sample(velocity, start, times, "renoise")))
+
+
+@pytest.mark.parametrize("backbone, roles, omni", [("flux", "modules", False), ("flux", "adapters", False), ("z-image", "adapters", False), ("z-image", "modules", True)])
+def test_the_exported_pipeline_draws_what_we_draw(settings, tmp_path, backbone, roles, omni):
+    """Loaded by diffusers from its folder, with its own text encoder, the pipeline's four steps give our sampler's picture from the same
+    noise (to 1e-4 of [0, 1]), and not that of the backbone as it was; its adapter on the untouched backbone gives it too."""
+    setup, student = finished(settings, tmp_path, backbone, roles=roles, omni=omni)
+    folder = export(tmp_path / "run", tmp_path / "out", dtype=torch.float32)
+    picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    torch.manual_seed(5)
+    start, expected = own_sampler(setup, student, picture, "make it red", packed=backbone == "flux")
+
+    def drawn(pipeline):
+        pipeline.set_progress_bar_config(disable=True)
+        torch.manual_seed(5)
+        torch.randn(start.shape)
+        if backbone == "flux":
+            return pipeline(
+                image=(picture + 1) / 2, prompt="make it red", num_inference_steps=4, guidance_scale=1.0, height=64, width=64, max_area=64 * 64,
+                _auto_resize=False, latents=start, max_sequence_length=64, output_type="pt",
+            ).images  # fmt: skip
+        return pipeline((picture + 1) / 2, "make it red", latents=start, max_sequence_length=64, output_type="pt").images
+
+    custom = dict(custom_pipeline=str(folder), trust_remote_code=True) if backbone == "z-image" else {}
+    loaded = DiffusionPipeline.from_pretrained(folder, **custom)
+    want = ((expected + 1) / 2).clamp(0, 1)
+    assert (drawn(loaded) - want).abs().max() < 1e-4 and 0.01 < want.std()
+    assert not type(loaded).__module__.startswith("vlmedit")
+    stock = DiffusionPipeline.from_pretrained(setup.config.backbone, **custom)
+    stock.scheduler = loaded.scheduler
+    assert (drawn(stock) - want).abs().max() > 1e-3
+    if roles == "adapters":
+        adapter = export(tmp_path / "run", tmp_path / "adapter", "adapter")
+        stock.load_lora_weights(adapter)
+        assert (drawn(stock) - want).abs().max() < 1e-4
+    text = (folder / "README.md").read_text()
+    assert "library_name: diffusers" in text and "from_pretrained" in text and str(tmp_path) not in text
+
+
+def test_the_pipeline_file_needs_diffusers_alone():
+    """What is copied beside the weights imports torch and diffusers only."""
+    tree = ast.parse(ZIMAGE.read_text())
+    names = {(n.module or "") if isinstance(n, ast.ImportFrom) else n.names[0].name for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))}
+    assert {n.split(".")[0] for n in names} == {"torch", "diffusers"}
+
+
+def test_what_cannot_be_exported_or_pushed(settings, tmp_path, capsys):
+    """A folder that is no run, an unfinished run, an adapter of a whole transformer, a full folder, no network: one message each, by the
+    command line too, and nothing half-written."""
+    for wrong, said in ((tmp_path, "not the folder of a run"), (tmp_path / "run", "no student")):
+        if wrong.name == "run":
+            wrong.mkdir()
+            config_of(settings("flux")).save(wrong / "config.json")
+        with pytest.raises(InputError, match=said):
+            export(wrong, tmp_path / "out")
+    finished(settings, tmp_path, "flux", roles="modules")
+    with pytest.raises(InputError, match="not an adapter"):
+        export(tmp_path / "run", tmp_path / "out", "adapter")
+    with pytest.raises(InputError, match="not an empty folder"):
+        export(tmp_path / "run", tmp_path / "run")
+    assert not (tmp_path / "out").exists()
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--push", "nobody/editor"]) == 2
+    assert "the Hub cannot be reached" in capsys.readouterr().err and (tmp_path / "out/README.md").is_file()
+    with pytest.raises(InputError, match="no name of a repository"):
+        push_to_hub(tmp_path / "out", "no//name")
+    with pytest.raises(InputError, match="not an exported folder"):
+        push_to_hub(tmp_path, "nobody/editor")

@@ -1,0 +1,410 @@
+"""Unpaired data on disk: the manifest of `vlmedit data prepare`, data sets of others read without their targets, and shards.
+
+A manifest is JSONL, one request per line: {"image": path, "instruction": str, "type": str, "object": str or null, "caption": str,
+"target_caption": str}; relative paths start at the manifest's folder. There is no field for an edited picture.
+
+Readers take a data set's folder as its authors publish it and yield `Found`: the input picture and words. The no-pair rule
+[arXiv:2510.14978, Sec. 3]: an edited picture is never opened, named or decoded. Two traps are in the layouts themselves:
+
+* MagicBrush's second turn starts from the first turn's *result*, somebody's target: only first turns are taken.
+* A parquet row holds the target beside the input: only the columns of the input and the words are read from the file.
+
+| layout          | files                                                                         | taken                                        |
+|-----------------|-------------------------------------------------------------------------------|----------------------------------------------|
+| folder          | pictures                                                                      | the picture                                  |
+| pico-banana     | *.jsonl of apple/pico-banana-400k, local pictures by `local_input_image`      | `text`, `edit_type`                          |
+| gpt-image-edit  | JSON of UCSC-VLAA/GPT-Image-Edit-1.5M, both of its formats                    | first of `image` or `input`, the instruction |
+| magicbrush      | edit_sessions.json with images/, or the parquet files of osunlp/MagicBrush    | first turns' `input`, `instruction`          |
+| npedit          | merged_edit_data.json of nupurkmr9/npedit                                     | instruction, type and both captions          |
+| manifest        | a manifest of this module                                                     | everything                                   |
+
+Shards hold the pictures' own bytes: tar files in the layout of webdataset (KEY.jpg beside KEY.json), or parquet (needs pyarrow).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from vlmedit.pictures import FORMATS, InputError, disk_errors, write_atomic
+from vlmedit.real.requests import Request
+
+TYPES = ("add", "remove", "replace", "color", "material", "shape", "background", "style", "action", "text", "other")  # the paper's, and the rest
+SHARDS = ("tar", "parquet")
+CHUNK = 2**20  # characters of a JSON file read at a time
+
+# the first pattern that fits names the type; data sets' own names and instructions both go through it
+PATTERNS = (
+    ("remove", r"\b(remov\w*|delet\w*|eras\w*|take away|get rid|subject-remove)\b"),
+    ("add", r"^(please )?(add|insert|put|place|subject-add)\b"),
+    ("background", r"\b(backgrounds?|background_change|season|weather|sky|scene|backdrop)\b"),
+    ("style", r"\b(styl\w*|paint\w*|sketch|cartoon|anime|watercolou?r|comic|lego|pixar|artistic|tone_transfer|filter)\b"),
+    ("text", r"\b(text\w*|text_change|letter\w*|words?|sign(?:age)?|font|translate|caption)\b"),
+    ("replace", r"\b(replac\w*|swap\w*|substitut\w*|subject-replace|turn .* into)\b"),
+    ("add", r"\b(add\w*|insert\w*|include)\b"),
+    ("material", r"\b(materials?|textures?|material_alter|made of|wooden|metal\w*|marble)\b"),
+    ("color", r"\b(colou?r\w*|recolou?r\w*|color_alter|hue|red|green|blue|yellow|purple|pink|orange|black|white|gray|grey|brown)\b"),
+    ("shape", r"\b(shape\w*|resiz\w*|larger|bigger|smaller|taller|adjust|size|scale)\b"),
+    ("action", r"\b(actions?|motion\w*|pose\w*|expression\w*|smil\w*|move\w*|jump\w*|sit\w*|stand\w*|relocat\w*|gestur\w*)\b"),
+)
+REMOVAL = re.compile(
+    r"\b(?:remove|delete|erase|take away|get rid of)\s+(?P<thing>[^.;:!?]+?)"
+    r"(?=\s*(?:$|[.;:!?,]|\b(?:from|in|on|at|and|while|so|to|that|which|seamlessly|behind|near|next)\b))", re.I
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of a manifest."""
+
+    image: str
+    instruction: str
+    type: str = "other"
+    object: str | None = None
+    caption: str = ""
+    target_caption: str = ""
+
+    def __post_init__(self):
+        wrong = [f.name for f in fields(self) if not isinstance(getattr(self, f.name), str) and not (f.name == "object" and self.object is None)]
+        if wrong or not self.image or not self.instruction.strip():
+            raise ValueError(f"{', '.join(wrong) or 'image or instruction'}: must be a text that is not empty")
+        if self.type == "remove" and not self.object:
+            raise ValueError(f"the removal {self.instruction!r} names no object; write what is to go, as in \"object\": \"a dog\"")
+
+    def request(self) -> Request:
+        """As the trainer takes it."""
+        return Request(self.instruction, self.caption, self.target_caption, self.type, self.object)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture of a data set and what is known about an edit of it; empty words where nothing is. `content` reads the file's bytes."""
+
+    name: str  # unique within the data set
+    content: Callable[[], bytes]
+    path: Path | None = None  # None where the picture lies inside another file
+    instruction: str = ""
+    type: str = ""
+    object: str | None = None
+    caption: str = ""
+    target_caption: str = ""
+
+    def picture(self) -> Image.Image:
+        """Upright, RGB. Raises OSError for a file that is no picture."""
+        with Image.open(io.BytesIO(self.content())) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def kind_of(*texts: str) -> str:
+    """The type of an edit by its data set's name for it, else by its instruction, else "other"."""
+    for text in texts:
+        for kind, pattern in PATTERNS:
+            if re.search(pattern, text.lower().replace("_", " ")) or re.search(pattern, text.lower()):
+                return kind
+    return "other"
+
+
+def thing_removed(instruction: str) -> str | None:
+    """What a removal removes, in its own words: "the red flag" of "Remove the red flag from the roof"."""
+    found = REMOVAL.search(instruction)
+    return found["thing"].strip() if found and 0 < len(found["thing"].split()) <= 12 else None
+
+
+# manifests
+
+
+def read_items(path: str | Path) -> list[Item]:
+    """A manifest, checked line by line; image paths come back joined to its folder. Raises InputError naming the lines that are wrong."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a manifest ({error}); vlmedit data prepare writes one") from None
+    items, problems, known = [], [], {f.name for f in fields(Item)}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict) or not {"image", "instruction"} <= entry.keys():
+                raise ValueError('not an object with "image" and "instruction"')
+            item = Item(**{k: v for k, v in entry.items() if k in known})
+            items.append(Item(**{**asdict(item), "image": str(path.parent / item.image)}))
+        except ValueError as error:
+            problems.append(f"{path.name}, line {number}: {error}")
+    if problems:
+        raise InputError(problems[:10] + ([f"and {len(problems) - 10} more lines"] if len(problems) > 10 else []))
+    if not items:
+        raise InputError(f"{path}: an empty manifest; vlmedit data prepare writes one request per line")
+    return items
+
+
+def write_items(items: Iterable[Item], path: Path) -> None:
+    """A manifest, whole or not at all."""
+    text = "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items)
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+# data sets of others
+
+
+def json_rows(path: Path) -> Iterator[dict]:
+    """The objects of a JSONL file or of one JSON array, read piece by piece: arrays of a million rows do not fit a small memory."""
+    decoder, buffer, end = json.JSONDecoder(), "", False
+    with open(path, encoding="utf-8") as file:
+        while True:
+            buffer = buffer.lstrip("[, \r\n\t") if not buffer.startswith("{") else buffer
+            if buffer.startswith("{"):
+                try:
+                    row, at = decoder.raw_decode(buffer)
+                    buffer = buffer[at:]
+                    yield row
+                    continue
+                except json.JSONDecodeError as error:
+                    if end:
+                        raise InputError(f"{path}: not JSON ({error}); download it again") from None
+            elif end:
+                if buffer.strip("] \r\n\t"):
+                    raise InputError(f"{path}: not JSON rows ({buffer[:40]!r}); download it again")
+                return
+            more = file.read(CHUNK)
+            end, buffer = not more, buffer + more
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A path within the folder, links not followed. Raises ValueError for one that leads out of it."""
+    path = Path(os.path.abspath(folder / name))
+    if not path.is_relative_to(os.path.abspath(folder)):
+        raise ValueError(f"{name!r} leads out of the data set's folder")
+    return path
+
+
+def _on_disk(folder: Path, name: str, **words) -> Found:
+    path = _inside(folder, name)
+    return Found(name, path.read_bytes, path, **words)
+
+
+def read_folder(folder: Path) -> Iterator[Found]:
+    """Every picture of a folder and its subfolders, by name."""
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS and not p.name.startswith(".")):
+        yield _on_disk(folder, str(path.relative_to(folder)))
+
+
+def read_pico_banana(folder: Path) -> Iterator[Found]:
+    """Single-turn rows. The picture is `local_input_image` (their mapping script writes it), or the last part of the Open Images address."""
+    for file in sorted(folder.glob("*.jsonl")):
+        for row in json_rows(file):
+            name = row.get("local_input_image") or str(row.get("open_image_input_url", "")).rpartition("/")[2]
+            if name and row.get("text"):  # multi-turn rows have neither
+                kind = kind_of(str(row.get("edit_type", "")), row["text"])
+                yield _on_disk(folder, name, instruction=row["text"].strip(), type=kind, object=thing_removed(row["text"]) if kind == "remove" else None)
+
+
+GPT_FOLDERS = {  # where the pictures of an annotation file lie
+    "hqedit_gpt_edit": "hqedit/edit", "hqedit_gpt_generate": "hqedit/generate", "omniedit_gpt": "omniedit", "omniedit_gpt_rewrite": "omniedit",
+    "complexedit_gpt": "omniedit/complex-edit", "ultraedit_gpt": "ultraedit",
+}  # fmt: skip
+
+
+def read_gpt_image_edit(folder: Path) -> Iterator[Found]:
+    """Rows {"image": [input, ...], "conversations": [...]} of training_json, or {"input": ..., "instruction": ...}."""
+    for file in sorted(p for p in folder.rglob("*.json*") if p.suffix in (".json", ".jsonl")):
+        under = GPT_FOLDERS.get(file.stem, "")
+        places = [p for p in (folder / "gpt-edit" / under, folder / under, file.parent, folder) if p.is_dir()]
+        for row in json_rows(file):
+            images = row.get("image")
+            name = images[0] if isinstance(images, list) and images else row.get("input")
+            said = row.get("instruction") or next((c.get("value") for c in row.get("conversations", ()) if c.get("from") in ("human", "user")), "")
+            said = re.sub(r"<image>", "", said[0] if isinstance(said, list) and said else said or "").strip()
+            if isinstance(name, str) and said:
+                place = next((p for p in places if (p / name).is_file()), places[0])
+                kind = kind_of(str(row.get("task", "")), said)
+                path = _inside(folder, str((place / name).relative_to(folder)))
+                yield Found(str(path.relative_to(os.path.abspath(folder))), path.read_bytes, path, said, kind, thing_removed(said) if kind == "remove" else None)
+
+
+def read_magicbrush(folder: Path) -> Iterator[Found]:
+    """First turns of edit_sessions.json, or of the parquet files, of which the target's column is not read."""
+    for file in sorted(folder.rglob("edit_sessions.json")):
+        for session, turns in json.loads(file.read_text(encoding="utf-8")).items():
+            for turn in turns:
+                if turn["input"] == f"{session}-input.png":  # later turns start from an earlier turn's target
+                    name = str((file.parent / "images" / session / turn["input"]).relative_to(folder))
+                    yield _on_disk(folder, name, instruction=turn["instruction"].strip(), **_words(turn["instruction"]))
+    shards = sorted(folder.rglob("*.parquet"))
+    for file in shards:
+        for row in parquet_rows(file, ["img_id", "turn_index", "source_img", "instruction"]):
+            if row["turn_index"] == 1:
+                content = row["source_img"]["bytes"]
+                yield Found(f"{row['img_id']}-input.png", lambda content=content: content, None, row["instruction"].strip(), **_words(row["instruction"]))
+
+
+def _words(instruction: str) -> dict:
+    kind = kind_of(instruction)
+    return {"type": kind, "object": thing_removed(instruction) if kind == "remove" else None}
+
+
+def read_npedit(folder: Path) -> Iterator[Found]:
+    """The released recipe's own list: instructions with both captions."""
+    for row in json_rows(folder / "merged_edit_data.json"):
+        kind, said = kind_of(str(row.get("edit_type", "")), row["edit_instruction"]), row["edit_instruction"].strip()
+        thing = (row.get("object_name") or thing_removed(said)) if kind == "remove" else None
+        yield _on_disk(
+            folder, row["input_image_path"], instruction=said, type=kind, object=thing,
+            caption=row.get("input_description") or "", target_caption=row.get("edited_caption") or "",
+        )  # fmt: skip
+
+
+def read_own(folder: Path) -> Iterator[Found]:
+    for number, item in enumerate(read_items(folder if folder.is_file() else folder / "manifest.jsonl")):
+        path = Path(item.image)
+        yield Found(f"{number:08d}-{path.name}", path.read_bytes, path, item.instruction, item.type, item.object, item.caption, item.target_caption)
+
+
+LAYOUTS: dict[str, Callable[[Path], Iterator[Found]]] = {
+    "folder": read_folder, "pico-banana": read_pico_banana, "gpt-image-edit": read_gpt_image_edit, "magicbrush": read_magicbrush,
+    "npedit": read_npedit, "manifest": read_own,
+}  # fmt: skip
+
+
+def read_dataset(folder: str | Path, layout: str = "folder") -> Iterator[Found]:
+    """The inputs and words of a data set. Raises InputError for a folder that is not laid out so."""
+    folder = Path(folder)
+    if layout not in LAYOUTS:
+        raise InputError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
+    if not folder.is_dir() and not (layout == "manifest" and folder.is_file()):
+        raise InputError(f"{folder}: no such folder; name the folder of the pictures")
+    count = 0
+    try:
+        for found in LAYOUTS[layout](folder):
+            count += 1
+            yield found
+    except (KeyError, AttributeError, TypeError, FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{folder}: not laid out as {layout!r} ({type(error).__name__}: {error}); choose another --layout: {', '.join(LAYOUTS)}") from None
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(f"{folder}: {error}") from None
+    if not count:
+        raise InputError(f"{folder}: nothing in the layout {layout!r}; choose another --layout: {', '.join(LAYOUTS)}")
+
+
+# shards
+
+
+def _parquet():
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError("parquet files need pyarrow, which is not installed (pip install pyarrow); tar shards do without") from None
+    return pyarrow, pyarrow.parquet
+
+
+def parquet_rows(path: Path, columns: list[str]) -> Iterator[dict]:
+    """Rows of a parquet file, of which only these columns are read from the disk."""
+    pyarrow, parquet = _parquet()
+    try:
+        with parquet.ParquetFile(path) as file:
+            lacking = [c for c in columns if c not in file.schema_arrow.names]
+            if lacking:
+                raise InputError(f"{path}: lacks the columns {', '.join(lacking)}; it has {', '.join(file.schema_arrow.names)}")
+            for batch in file.iter_batches(batch_size=64, columns=columns):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a whole parquet file ({str(error).splitlines()[0]}); download it again") from None
+
+
+def _suffix(item: Item) -> str:
+    return Path(item.image).suffix.lower() or ".png"
+
+
+def _tar_bytes(part: list[tuple[str, Item, bytes]]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for key, item, content in part:
+            words = {**asdict(item), "image": f"{key}{_suffix(item)}"}
+            for name, data in ((f"{key}{_suffix(item)}", content), (f"{key}.json", json.dumps(words, ensure_ascii=False).encode())):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    return out.getvalue()
+
+
+def _parquet_bytes(part: list[tuple[str, Item, bytes]]) -> bytes:
+    pyarrow, parquet = _parquet()
+    rows = [{**asdict(item), "image": {"bytes": content, "path": f"{key}{_suffix(item)}"}} for key, item, content in part]
+    picture = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    schema = pyarrow.schema([("image", picture), *((f.name, pyarrow.string()) for f in fields(Item) if f.name != "image")])
+    out = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema), out)
+    return out.getvalue()
+
+
+def write_shards(items: list[Item], out: Path, kind: str = "tar", per_shard: int = 1000) -> list[Path]:
+    """Pictures' own bytes and words, so many to a file. A shard that is there whole is not written again. Raises InputError for a picture
+    that cannot be read."""
+    if kind not in SHARDS or per_shard < 1:
+        raise InputError(f"--kind is {kind!r} and --per-shard {per_shard}; known kinds: {', '.join(SHARDS)}, with at least 1 picture each")
+    if kind == "parquet":
+        _parquet()
+    lacking = [item.image for item in items if not os.path.isfile(item.image)]
+    if lacking:
+        raise InputError([f"{name}: no such picture; the manifest names it" for name in lacking[:10]])
+    encode = _tar_bytes if kind == "tar" else _parquet_bytes
+    mark = hashlib.sha256(json.dumps([kind, per_shard, *(asdict(i) for i in items)]).encode()).hexdigest()
+    index = out / "shards.json"
+    if index.is_file() and json.loads(index.read_text()).get("manifest") != mark:
+        raise InputError(f"{out}: holds shards of another manifest; name a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(index, lambda file: file.write(json.dumps({"manifest": mark, "kind": kind, "items": len(items), "per_shard": per_shard}).encode()))
+    paths = []
+    with disk_errors(out):
+        for first in range(0, len(items), per_shard):
+            path = out / f"{first // per_shard:06d}.{kind}"
+            paths.append(path)
+            if not path.exists():
+                part = [(f"{first + i:09d}", item, Path(item.image).read_bytes()) for i, item in enumerate(items[first : first + per_shard])]
+                write_atomic(path, lambda file, part=part: file.write(encode(part)))
+    return paths
+
+
+def _tar_rows(path: Path) -> Iterator[tuple[Item, bytes]]:
+    held: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path) as tar:
+            for entry in tar:
+                stem, suffix = os.path.splitext(entry.name)
+                data = tar.extractfile(entry).read()
+                if suffix != ".json":
+                    held[stem] = data
+                elif stem in held:
+                    yield Item(**json.loads(data)), held.pop(stem)
+    except (tarfile.TarError, OSError, AttributeError) as error:
+        raise InputError(f"{path}: not a whole tar shard ({error}); write it again") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[Item, bytes]]:
+    for row in parquet_rows(path, [f.name for f in fields(Item)]):
+        yield Item(**{**row, "image": row["image"]["path"]}), row["image"]["bytes"]
+
+
+def read_shards(folder: str | Path, rank: int = 0, world: int = 1, skip: int = 0) -> Iterator[tuple[Item, bytes]]:
+    """Items and their pictures' bytes in order: of `world` readers each takes every world-th row, and starts after its own first `skip`."""
+    folder = Path(folder)
+    paths = sorted(p for p in folder.glob("*") if p.suffix[1:] in SHARDS)
+    if not paths:
+        raise InputError(f"{folder}: no shards in this folder; vlmedit data shards writes them")
+    number = -1
+    for path in paths:
+        for row in _tar_rows(path) if path.suffix == ".tar" else _parquet_rows(path):
+            number += 1
+            if number % world == rank and number // world >= skip:
+                yield row

@@ -1,0 +1,245 @@
+"""Training data of a real run: a manifest of pictures and requests, drawn by edit type and batched by aspect ratio. No field holds a target.
+
+A line of the manifest, as `vlmedit data prepare` writes it (vlmedit/real/datasets.py; .jsonl, or .parquet with these columns):
+    {"image": path, "instruction": str, "type": str, "object": str or null, "caption": str, "target_caption": str}
+`object` is what a removal removes; `caption` tells what the picture shows, `target_caption` what it would show after the edit.
+Relative paths start at the manifest's folder. For size, a folder of tar shards: pictures are read from within them.
+
+**Order.** An update's batches are numbered over all processes, and every process counts through all of them, so that one process that
+accumulates N batches sees what N processes see. Types are drawn by share, the rows of a type in a shuffled order that is used up before
+it is shuffled anew; a row waits until its bucket holds a batch. The position is a handful of integers, saved with the weights.
+
+Shapes: pictures (B, 3, H, W) in [-1, 1], all of one bucket.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from vlmedit.data import UnpairedBatch, rng_for
+from vlmedit.pictures import BROKEN, InputError, to_rgb
+from vlmedit.real.datasets import Item, parquet_rows, read_items
+from vlmedit.real.requests import Book, Request, batch_of
+
+SAME = {  # names of edit types in other data, as ours
+    "addition": "add", "insert": "add", "insertion": "add", "removal": "remove", "delete": "remove", "recolor": "color", "colour": "color",
+    "texture": "material", "stylization": "style", "stylize": "style", "adjust": "shape", "motion": "action", "replacement": "replace",
+}  # fmt: skip
+NOTHING = ("do nothing", "leave the picture as it is", "make no change", "keep everything the same")
+SIDES = re.compile(r"\b(left|right|clockwise|east|west|text|letter|letters|word|words|sign|number)\b", re.I)  # what mirroring would make wrong
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A picture inside a tar file."""
+
+    path: Path
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the manifest."""
+
+    image: Path | Slice
+    request: Request
+
+
+def read_manifest(path: str | Path) -> list[Row]:
+    """Every row of a manifest, or of a folder of tar shards. Raises `InputError` with the rows that cannot be used."""
+    path = Path(path)
+    if path.is_dir():
+        found = _tar_items(path)
+    elif not path.is_file():
+        raise InputError(f"{path}: no such manifest; write one with vlmedit data prepare, or name another with data=FILE")
+    elif path.suffix == ".parquet":
+        found = _parquet_items(path)
+    elif path.suffix == ".jsonl":
+        found = [(item, Path(item.image)) for item in read_items(path)]
+    else:
+        raise InputError(f"{path}: unknown ending {path.suffix!r}; a manifest ends with .jsonl or .parquet, shards lie in a folder")
+    problems, rows = [], []
+    for item, picture in found:
+        kind = item.type.strip().lower()
+        lacking = [name for name in ("caption", "target_caption") if not getattr(item, name).strip()]
+        if lacking:
+            problems.append(f"{item.image}, {item.instruction!r}: no {' and no '.join(lacking)}; vlmedit data prepare writes captions")
+        elif isinstance(picture, Path) and not picture.is_file():
+            problems.append(f"{item.instruction!r}: no picture {picture}")
+        else:
+            try:
+                rows.append(Row(picture, replace(item, type=SAME.get(kind, kind)).request()))
+            except ValueError as error:
+                problems.append(f"{item.image}: {error}")
+    if problems:
+        raise InputError([*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])])
+    return rows
+
+
+def _parquet_items(path: Path) -> list[tuple[Item, Path]]:
+    columns = [f.name for f in fields(Item)]
+    try:
+        rows = [Item(**{k: v for k, v in row.items() if v is not None}) for row in parquet_rows(path, columns)]
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(f"{path}: {error}") from None
+    return [(item, path.parent / item.image) for item in rows]
+
+
+def _tar_items(folder: Path) -> list[tuple[Item, Slice]]:
+    """Items of tar shards and where their pictures' bytes lie; nothing is unpacked."""
+    out = []
+    for path in sorted(folder.glob("*.tar")):
+        pictures = {}
+        with tarfile.open(path) as tar:
+            for member in tar:
+                stem, _, ending = member.name.rpartition(".")
+                if ending == "json":
+                    words = json.loads(tar.extractfile(member).read())
+                    pictures.setdefault(stem, {})["item"] = Item(**{"image": member.name, **words})
+                else:
+                    pictures.setdefault(stem, {})["slice"] = Slice(path, member.offset_data, member.size)
+        out += [(found["item"], found["slice"]) for found in pictures.values() if len(found) == 2]
+    if not out:
+        raise InputError(f"{folder}: no tar shards in this folder; write them with vlmedit data, or name a manifest")
+    return out
+
+
+def nothing_of(request: Request, rng: random.Random) -> Request:
+    """The request replaced by "do nothing": the target is the reference."""
+    return replace(request, instruction=rng.choice(NOTHING), target_caption=request.reference_caption, type="nothing", thing=None)
+
+
+def book_of(rows: Sequence[Row], negative: str = "") -> Book:
+    """Every prompt that training on these rows may ask for, the negative prompt as number 0."""
+    texts = dict.fromkeys(NOTHING)
+    for row in rows:
+        texts |= dict.fromkeys((row.request.instruction, row.request.target_caption, row.request.reference_caption))
+    return Book(negative, list(texts))
+
+
+def nearest(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> int:
+    """The bucket whose aspect ratio is nearest, in log; of equal ones the first."""
+    ratio = np.log(size[0] / size[1])
+    return int(np.argmin([abs(ratio - np.log(w / h)) for w, h in buckets]))
+
+
+def opened(place: Path | Slice) -> Image.Image:
+    """The picture, its pixels not decoded yet."""
+    if isinstance(place, Path):
+        return Image.open(place)
+    with place.path.open("rb") as file:
+        file.seek(place.offset)
+        return Image.open(io.BytesIO(file.read(place.size)))
+
+
+def picture_size(path: Path | Slice) -> tuple[int, int]:
+    """Width and height, upright, from the header."""
+    try:
+        with opened(path) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5
+            return image.size[::-1] if turned else image.size
+    except BROKEN as error:
+        raise InputError(f"{path}: not a picture ({error}); remove its lines from the manifest") from None
+
+
+def load_fitted(path: Path | Slice, size: tuple[int, int]) -> Tensor:
+    """(3, H, W) in [-1, 1]: scaled to cover the bucket, what protrudes cut off evenly."""
+    try:
+        with opened(path) as image:
+            upright = to_rgb(ImageOps.exif_transpose(image))
+    except BROKEN as error:
+        raise InputError(f"{path}: the picture is damaged ({error}); remove its lines from the manifest") from None
+    fitted = ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+class Order:
+    """Which rows the next batch holds. `state_dict` is the position."""
+
+    def __init__(self, kinds: Sequence[str], bucket: Callable[[int], int], batch: int, shares: dict[str, float] | None = None, seed: int = 0):
+        self.kinds = {}
+        for i, kind in enumerate(kinds):
+            self.kinds.setdefault(kind if shares else "all", []).append(i)
+        if shares:
+            shares = {SAME.get(k, k): v for k, v in shares.items()}
+            if lacking := sorted(self.kinds.keys() - shares.keys()):
+                raise InputError(f"type_shares names no share of {', '.join(lacking)}, which the manifest holds; add it (0 leaves these rows out)")
+            shares = {k: v for k, v in shares.items() if k in self.kinds and v > 0}
+            if not shares:
+                raise InputError(f"type_shares gives every type of the manifest ({', '.join(sorted(self.kinds))}) a share of 0")
+        self.shares = shares or {"all": 1.0}
+        self.bucket, self.batch, self.seed = bucket, batch, seed
+        self.drawn, self.places, self.waiting = 0, {k: 0 for k in self.shares}, {}
+        self._shuffled: dict[str, tuple[int, list[int]]] = {}
+
+    def _row(self) -> int:
+        kind = rng_for("type", self.seed, self.drawn).choices(list(self.shares), list(self.shares.values()))[0]
+        rows = self.kinds[kind]
+        epoch, place = divmod(self.places[kind], len(rows))
+        if self._shuffled.get(kind, (-1,))[0] != epoch:
+            shuffled = list(rows)
+            rng_for("epoch", self.seed, kind, epoch).shuffle(shuffled)
+            self._shuffled[kind] = epoch, shuffled
+        self.drawn += 1
+        self.places[kind] += 1
+        return self._shuffled[kind][1][place]
+
+    def next(self) -> tuple[int, list[int]]:
+        """A bucket and the rows of a whole batch in it."""
+        while True:
+            row = self._row()
+            bucket = self.bucket(row)
+            waiting = self.waiting.setdefault(bucket, [])
+            waiting.append(row)
+            if len(waiting) == self.batch:
+                return bucket, self.waiting.pop(bucket)
+
+    def state_dict(self) -> dict:
+        return {"drawn": self.drawn, "places": dict(self.places), "waiting": {k: list(v) for k, v in self.waiting.items()}}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.drawn, self.places, self.waiting = state["drawn"], dict(state["places"]), {k: list(v) for k, v in state["waiting"].items()}
+
+
+class Feed:
+    """Batches of one process. `parts` numbers the batches of an update: (number over all processes, batch)."""
+
+    def __init__(self, rows: Sequence[Row], config, prompts: Book, questions: Book, rank: int = 0, world: int = 1, device=None):
+        self.rows, self.config, self.prompts, self.questions = rows, config, prompts, questions
+        self.rank, self.world, self.device = rank, world, device
+        self._buckets: dict[int, int] = {}
+        self.order = Order([r.request.type for r in rows], self.bucket, config.batch, config.type_shares, config.seed)
+
+    def bucket(self, row: int) -> int:
+        if row not in self._buckets:
+            self._buckets[row] = nearest(picture_size(self.rows[row].image), self.config.sizes)
+        return self._buckets[row]
+
+    def parts(self, *key) -> list[tuple[int, UnpairedBatch]]:
+        """This process's batches of the next update; `key` seeds what is random within them."""
+        plan = [self.order.next() for _ in range(self.config.accumulate * self.world)]
+        mine = range(self.rank, len(plan), self.world)
+        return [(number, self.load(*plan[number], rng_for("rows", self.config.seed, *key, number))) for number in mine]
+
+    def load(self, bucket: int, rows: Sequence[int], rng: random.Random) -> UnpairedBatch:
+        requests, pictures = [], []
+        for row in (self.rows[i] for i in rows):
+            request = nothing_of(row.request, rng) if rng.random() < self.config.nothing_share else row.request
+            picture = load_fitted(row.image, self.config.sizes[bucket])
+            mirror = rng.random() < self.config.flip and not SIDES.search(f"{request.instruction} {request.target_caption}")
+            pictures.append(picture.flip(-1) if mirror else picture)
+            requests.append(request)
+        return batch_of(requests, torch.stack(pictures), self.prompts, self.questions).to(self.device)
