@@ -396,7 +396,7 @@ BAD_TRAINING = {
     "fraction": (["teacher", "--set", "steps=2.5"], "steps is '2.5'"),
     "value": (["teacher", "--set", "steps=0"], "steps is 0; it must be at least 1"),
     "pair": (["teacher", "--set", "steps"], "write key=value"),
-    "no config": (["teacher", "--config", "gone.yaml"], "gone.yaml: cannot be read"),
+    "no config": (["teacher", "--config", "gone.yaml"], "gone.yaml: cannot be read (no such file)"),
     "tier": (["teacher", "--tier", "desktop"], "desktop"),
 }
 

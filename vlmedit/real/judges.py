@@ -40,6 +40,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.utils import cached_file
 
 from vlmedit.judging import clamp_through
+from vlmedit.real.hub import reachable
 from vlmedit.real.requests import Book
 
 Question = Sequence[str] | Tensor  # texts, or numbers (N, 1) in the judge's book
@@ -479,7 +480,7 @@ FAMILIES: dict[str, type[Judge]] = {
 def preprocessor_settings(folder: str | os.PathLike) -> dict:
     """The image settings of a checkpoint, old layout (preprocessor_config.json) or new (processor_config.json)."""
     for file in ("preprocessor_config.json", "processor_config.json"):
-        path = cached_file(str(folder), file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+        path = cached_file(str(folder), file, local_files_only=not reachable(), _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
         if path:
             settings = json.loads(Path(path).read_text())
             settings = settings.get("image_processor", settings)
@@ -496,8 +497,8 @@ def load_judge(folder: str | os.PathLike, book: Book | None = None, answers: tup
     ValueError for a class without an adapter, answers that are no single tokens, or a context too short for two pictures,
     FileNotFoundError for a folder or an id that does not lead to a model."""
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=not reachable())
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=not reachable())
     except OSError as error:
         raise FileNotFoundError(f"no vision-language model at {folder}: give a folder with config.json and tokenizer.json, or an id of the Hub and a network ({str(error).splitlines()[0]})") from error
     except ValueError as error:

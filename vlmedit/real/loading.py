@@ -25,6 +25,7 @@ from vlmedit.real import judges
 from vlmedit.real.backbones import Backbone, Channels, ZImage, backbone_of, family_of, load_transformer, widen
 from vlmedit.real.cache import DTYPE
 from vlmedit.real.export import LORA_FILE
+from vlmedit.real.hub import reachable
 from vlmedit.real.judges import Ensemble, Judge, answer_token, load_judge, preprocessor_settings
 from vlmedit.real.requests import Book
 from vlmedit.real.roles import Roles, adapter_roles
@@ -43,7 +44,7 @@ def read_json(place: str, file: str) -> dict | None:
     if place.startswith(("/", ".", "~")) or place.count("/") != 1:
         raise InputError(f"{place}: no such folder, and no id of the Hub, which reads OWNER/NAME")
     try:
-        found = cached_file(place, Path(file).name, subfolder=str(Path(file).parent) if "/" in file else "")
+        found = cached_file(place, Path(file).name, subfolder=str(Path(file).parent) if "/" in file else "", local_files_only=not reachable())
     except OSError as error:
         said = str(error).splitlines()[0]
         if "does not appear to have a file" in said:

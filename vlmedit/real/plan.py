@@ -27,6 +27,7 @@ from vlmedit.real import budget, judges
 from vlmedit.real.backbones import Channels, backbone_of, family_of
 from vlmedit.real.budget import GB, Call
 from vlmedit.real.judges import recompute
+from vlmedit.real.hub import reachable
 from vlmedit.real.loading import read_json
 from vlmedit.real.roles import lora_targets
 from vlmedit.real.settings import RealConfig
@@ -104,7 +105,7 @@ def meta_judge(place: str) -> tuple[nn.Module, str]:
     if config is None:
         return _known(place, None, "judge")
     name = (config.get("architectures") or [""])[0]
-    full = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
+    full = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=not reachable())
     return budget._meta(lambda: getattr(transformers, name)(full)), ""
 
 

@@ -5,6 +5,7 @@
 
 diffusers has no pipeline that gives Z-Image a reference as it was trained here: frame 0 of a two-frame latent, or, with `omni`, an image of
 its own modulated as clean data. `omni` and the number of steps stand in the scheduler's configuration. Imports nothing but diffusers.
+A process that has loaded another folder's pipeline.py cannot load this one: diffusers keeps both under one name.
 """
 
 import torch
