@@ -17,7 +17,7 @@ import importlib.util
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -350,10 +350,16 @@ def train_real(config: RealConfig, accelerator: Accelerator | None = None) -> It
     """Yield a `Step` per student update; pictures are there when a strip is due. The (averaged) student is in `out/model` at the end."""
     with told():
         setup = Setup(config, accelerator)
-        run, roles, config = setup.run, setup.roles, setup.config
-        judge = load_judges(config, setup.questions, run.accelerator, setup.sharded)
-    edit = RealEdit(config, roles, judge, setup.codec, run.device)
-    optimizer, fake_optimizer = RealOptimizer(roles.student, config), RealOptimizer(roles.fake, config, config.fake_lr)
+        judge = load_judges(setup.config, setup.questions, setup.run.accelerator, setup.sharded)
+    yield from train_loaded(setup, judge)
+
+
+def train_loaded(setup: Setup, judge: nn.Module, update: Callable[..., RealEdit] = RealEdit, optimize: Callable[..., RealOptimizer] = RealOptimizer) -> Iterator[Step]:
+    """The loop of `train_real` over what is loaded already. `update` and `optimize` build what computes and what steps, for a caller who
+    measures them (papers/performance.py)."""
+    run, roles, config = setup.run, setup.roles, setup.config
+    edit = update(config, roles, judge, setup.codec, run.device)
+    optimizer, fake_optimizer = optimize(roles.student, config), optimize(roles.fake, config, config.fake_lr)
     ema = EMA(roles.student, config.ema) if config.ema else None
     run.register("model", roles.student, optimizer, ema)
     run.register("fake", roles.fake, fake_optimizer)

@@ -1,0 +1,94 @@
+"""The performance script: both structures measured at tiny size part by part, the real size's path with small models, refusals."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from test_papers import script
+
+from vlmedit.pictures import InputError
+from vlmedit.real import budget, plan, tiny
+from vlmedit.train.config import ConfigError
+
+performance = script("performance")
+
+
+@pytest.fixture(autouse=True)
+def small_files(tmp_path, monkeypatch):
+    """Results and page of the test's own."""
+    page = tmp_path / "performance.md"
+    page.write_text(f"before\n{performance.BEGIN}\n{performance.END}\nafter\n")
+    monkeypatch.setattr(performance, "PAGE", page)
+    monkeypatch.setattr(performance, "RESULTS", tmp_path / "performance.json")
+    return page
+
+
+def test_the_page_is_that_of_the_results(monkeypatch):
+    monkeypatch.undo()
+    page = performance.PAGE
+    assert page.read_text(encoding="utf-8") == performance.filled(page, performance.block(json.loads(performance.RESULTS.read_text()))), "run `python papers/performance.py`"
+
+
+def test_every_part_of_both_structures_is_measured():
+    """Finite positive time, FLOPs and rate for every part and the whole; what the counter saw executed is at least what the shapes say must
+    be, and for the scores that are only read, where nothing is recomputed, within a tenth of it; ours counts and saves less."""
+    found = performance.run("tiny", "tiny", 1)["structures"]
+    for figures in found.values():
+        assert set(figures["parts"]) == {"student", "teacher", "judge", "fake"}
+        for part in (*figures["parts"].values(), figures["total"]):
+            assert all(math.isfinite(v) and v > 0 for v in part.values()), part
+            assert part["executed_flops"] > 0.95 * part["counted_flops"]
+        read = figures["parts"]["teacher"]
+        assert read["executed_flops"] == pytest.approx(read["counted_flops"], rel=0.1)
+    ours, theirs = found["ours"], found["transcription"]
+    for key in ("saved_bytes", "counted_flops", "executed_flops"):
+        assert ours["total"][key] < 0.8 * theirs["total"][key]
+    assert ours["counted"]["peak_bytes"] < 0.8 * theirs["counted"]["peak_bytes"]
+    assert ours["parts"]["judge"]["saved_bytes"] < 0.5 * theirs["parts"]["judge"]["saved_bytes"]  # the autoencoder's blocks
+
+
+def test_the_real_sizes_path_runs_with_small_models(tmp_path, monkeypatch):
+    """Configurations without files: weights, tokenizer and prompts are made, in the real run's precision; full logits answer what two rows do."""
+
+    def judge():
+        model, _ = tiny.internvl()
+        config = model.config
+        config.text_config.vocab_size = 4096
+        return type(model)(config)
+
+    with torch.device("meta"):
+        parts = {"a/backbone": tiny.z_image(), "a/judge": judge()}
+
+    def absent(place, file):
+        raise InputError(f"{place}: not there")
+
+    monkeypatch.setattr(plan, "read_json", absent)
+    monkeypatch.setattr(plan, "PUBLISHED", {name: lambda model=model: model for name, model in parts.items()})
+    monkeypatch.setattr(budget, "autoencoder", lambda: budget._meta(tiny.kl))
+    monkeypatch.setitem(performance.SIZES, "real", ("zimage_internvl_lora", ("64x64",)))
+    config = performance.settings("zimage_internvl_lora", "real", "ours", str(tmp_path))
+    config = dataclasses.replace(config, backbone="a/backbone", judge=("a/judge",))
+    figures = performance.measure(config, True, 1, plain=True)
+    assert figures["moments"] == "counted" and all(part["seconds"] > 0 for part in figures["parts"].values())
+    setup = performance.RandomSetup(config)
+    judge = setup.judge()
+    pictures = [torch.rand(3, 64, 64) * 2 - 1 for _ in range(3)]
+    asked = [pictures[:2], pictures[2:]], ["Is it the same? Answer Yes or No.", "Is it there?"]
+    torch.testing.assert_close(performance.FullLogits(judge).logit_margin(*asked), judge.logit_margin(*asked), rtol=0.05, atol=0.02)  # bf16 logits
+
+
+def test_bad_input_is_refused_before_any_work(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for argv, said in (
+        (["--size", "real"], "--size is real and there is no GPU; use --size tiny"),
+        (["--size", "tiny", "--config", "zimage_internvl"], "use --size real"),
+        (["--size", "tiny", "--config", "nothing_here"], "no settings of that name ship"),
+        (["--size", "tiny", "--updates", "0"], "--updates is 0"),
+    ):
+        assert performance.main(argv) == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="use --size tiny"):
+        performance.settings("tiny", "real", "ours", "x")
+    assert not performance.RESULTS.exists()
