@@ -119,7 +119,7 @@ def asking_table() -> str:
     words, teacher, pairs = found["words"], found["teacher"], found["pairs"]
     names = [name for name in words if name != "n"]
     whole = lambda row: f"{row['kept']:.2f} (moves {row['by_type'].get('move', 0):.2f}, backgrounds {row['by_type'].get('background', 0):.2f}, removals {row['by_type'].get('remove', 0):.2f})"
-    rows = [[f"the judge, {name} questions ({words['n']} pairwise ones)", slashed((words[name][k] for k in ("right", "copy", "same")))] for name in names]
+    rows = [[f"the judge, {name} questions ({words['n']} pairwise ones)", slashed(words[name][k] for k in ("right", "copy", "same"))] for name in names]
     rows.append([f"the teacher as judge, {teacher['draws']} noises ({teacher['n']} requests whose captions differ)", slashed(teacher[k] for k in ("right", "copy")) + " / not asked"])
     rows += [[f"pairs by {maker} that the judge says yes to twice ({row['n']} requests)", whole(row)] for maker, row in pairs.items()]
     said = "Rendered right results and untouched copies: how often the first is called done, the second not done, and the rest of the first the same (`python papers/asking.py`)."

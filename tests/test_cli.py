@@ -218,7 +218,7 @@ def test_no_possible_edit_of_a_foreign_drawing_is_refused(foreign):
 
     ready = [(Request(f.path, f.instruction, str(f.path)), load_picture(f.path), f.edit) for f in foreign]
     assert impossible(ready) == []
-    absent = [next((s for s in SHAPES if s not in {t.shape for t in f.scene.things})) for f in foreign]
+    absent = [next(s for s in SHAPES if s not in {t.shape for t in f.scene.things}) for f in foreign]
     wrong = [(r, p, Edit("recolor", shape=s, color="red")) for (r, p, _), s in zip(ready, absent)]
     assert len(impossible(wrong)) >= 70
 

@@ -10,7 +10,25 @@ import torch
 from scipy.stats import chisquare
 
 from vlmedit import data, schooling
-from vlmedit.data import EDIT_SHARES, SETTLED_TYPES, SLOTS, CaptionedBatch, PairedBatch, UnpairedBatch, captioned_batch, held_out, jpeg, paired_batch, reading_batch, references, rng_for, sample_example, seed_torch, settle, unpaired_batch
+from vlmedit.data import (
+    EDIT_SHARES,
+    SETTLED_TYPES,
+    SLOTS,
+    CaptionedBatch,
+    PairedBatch,
+    UnpairedBatch,
+    captioned_batch,
+    held_out,
+    jpeg,
+    paired_batch,
+    reading_batch,
+    references,
+    rng_for,
+    sample_example,
+    seed_torch,
+    settle,
+    unpaired_batch,
+)
 from vlmedit.models.text import build_tokenizer
 from vlmedit.world.edits import ALL_TYPES, ImpossibleEdit, apply_edit, check_edit
 from vlmedit.world.language import caption, parse_instruction

@@ -10,7 +10,17 @@ from tiny_models import SIDE, tiny_dit, tiny_pipeline
 
 from vlmedit import evaluate as module
 from vlmedit.data import TEXT_LENGTH, held_out, rng_for, target_of
-from vlmedit.evaluate import ask_judge, edit_examples, evaluate, evaluate_judge, evaluate_student, evaluate_teacher, judge_against_oracle, judge_by_oracle, says_the_same
+from vlmedit.evaluate import (
+    ask_judge,
+    edit_examples,
+    evaluate,
+    evaluate_judge,
+    evaluate_student,
+    evaluate_teacher,
+    judge_against_oracle,
+    judge_by_oracle,
+    says_the_same,
+)
 from vlmedit.flow import few_step_times, sample
 from vlmedit.models.text import encode
 from vlmedit.schooling import lesson

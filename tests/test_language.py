@@ -12,7 +12,17 @@ from vlmedit.models.text import UNK, build_tokenizer, encode
 from vlmedit.schooling import lesson
 from vlmedit.world import language
 from vlmedit.world.edits import ALL_TYPES, Edit, apply_edit
-from vlmedit.world.language import SYNONYMS, TEMPLATES, UnknownInstruction, caption, edit_question, grammar, identity_question, parse_instruction, vocabulary
+from vlmedit.world.language import (
+    SYNONYMS,
+    TEMPLATES,
+    UnknownInstruction,
+    caption,
+    edit_question,
+    grammar,
+    identity_question,
+    parse_instruction,
+    vocabulary,
+)
 from vlmedit.world.scene import BACKGROUNDS, COLORS, SHAPES, SIDES, STYLES, TEXTURES, Look, Scene, Thing, sample_scene
 
 PER_TYPE = 600

@@ -6,8 +6,8 @@ import random
 import nbformat
 import pytest
 import torch
-
 from by_hand import ANSWERS
+
 from vlmedit import exercises, learn
 from vlmedit.data import rng_for
 from vlmedit.learn import Exercise, WrongAnswer, check, difference

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from tiny_models import SIDE, pictures, saved_elements, tiny_dit, tiny_judge
+from tiny_models import pictures, saved_elements, tiny_dit, tiny_judge
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from vlmedit.models.cards import KEYS, write_card

@@ -19,7 +19,19 @@ from matplotlib.colors import to_rgb as named
 from PIL import Image, ImageDraw, PngImagePlugin
 
 from vlmedit import pictures
-from vlmedit.pictures import MAX_PIXELS, InputError, border_color, check_space, gather, load_picture, read_manifest, save_json, save_picture, strip, write_atomic
+from vlmedit.pictures import (
+    MAX_PIXELS,
+    InputError,
+    border_color,
+    check_space,
+    gather,
+    load_picture,
+    read_manifest,
+    save_json,
+    save_picture,
+    strip,
+    write_atomic,
+)
 from vlmedit.world.edits import check_edit
 from vlmedit.world.language import parse_instruction
 from vlmedit.world.scene import BACKGROUNDS, COLORS

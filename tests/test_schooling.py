@@ -9,7 +9,22 @@ import torch
 from vlmedit import schooling
 from vlmedit.data import Example, sample_example
 from vlmedit.models.text import END, NO, YES, build_tokenizer
-from vlmedit.schooling import BARE, RUINED, SHARES, SOILED, SPOTLESS, STAIN, Clarity, answer_ids, blotch, clarity, lesson, mistakable, own_work, soil
+from vlmedit.schooling import (
+    BARE,
+    RUINED,
+    SHARES,
+    SOILED,
+    SPOTLESS,
+    STAIN,
+    Clarity,
+    answer_ids,
+    blotch,
+    clarity,
+    lesson,
+    mistakable,
+    own_work,
+    soil,
+)
 from vlmedit.train.judge import practise, soften
 from vlmedit.world.edits import EDIT_TYPES, Edit, apply_edit
 from vlmedit.world.language import DESCRIBE, caption, parse_instruction

@@ -12,7 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.path import Path as Outline
 
-from vlmedit.world.render import CROSS_ARM, HOLLOW_RIM, NIGHT_GAIN, NIGHT_TINT, PASTEL_MIX, STRIPE_TONE, apply_style, paint, pixel_grid, render, signed_distance
+from vlmedit.world.render import (
+    CROSS_ARM,
+    HOLLOW_RIM,
+    NIGHT_GAIN,
+    NIGHT_TINT,
+    PASTEL_MIX,
+    STRIPE_TONE,
+    apply_style,
+    paint,
+    pixel_grid,
+    render,
+    signed_distance,
+)
 from vlmedit.world.scene import BACKGROUNDS, COLORS, SHAPES, SIZE_RANGE, STYLES, TEXTURES, Look, Scene, Thing, sample_scene
 
 SEEDS = st.integers(0, 2**40)

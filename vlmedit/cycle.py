@@ -22,7 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmedit.data import EDIT_SHARES, SETTLED_TYPES, TEXT_LENGTH, Batch, UnpairedBatch, batch_of, references, rng_for, sample_example, settle
+from vlmedit.data import (
+    EDIT_SHARES,
+    SETTLED_TYPES,
+    TEXT_LENGTH,
+    Batch,
+    UnpairedBatch,
+    batch_of,
+    references,
+    rng_for,
+    sample_example,
+    settle,
+)
 from vlmedit.flow import Velocity, guide, interpolate, to_x0
 from vlmedit.models.text import encode
 from vlmedit.objectives import log_ratio

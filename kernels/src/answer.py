@@ -14,7 +14,19 @@ Positions outside the sequence raise ValueError on a CPU; on a GPU, where lookin
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vlmedit.kernels.dispatch import accumulator, cdiv, launch, rows_contiguous, same_device, same_kind, shaped, tl, triton, use_triton, wide
+from vlmedit.kernels.dispatch import (
+    accumulator,
+    cdiv,
+    launch,
+    rows_contiguous,
+    same_device,
+    same_kind,
+    shaped,
+    tl,
+    triton,
+    use_triton,
+    wide,
+)
 
 BLOCK = 1024  # values per step of a dot product, and per program of the backward pass
 WHOLE = (torch.int32, torch.int64)

@@ -15,7 +15,20 @@ Computes in float32 (float64 for float64); cos and sin may be float32 whatever t
 
 import torch
 from torch import Tensor
-from vlmedit.kernels.dispatch import accumulator, cdiv, launch, power_of_2, rows_contiguous, same_device, same_kind, shaped, tl, triton, use_triton, wide
+from vlmedit.kernels.dispatch import (
+    accumulator,
+    cdiv,
+    launch,
+    power_of_2,
+    rows_contiguous,
+    same_device,
+    same_kind,
+    shaped,
+    tl,
+    triton,
+    use_triton,
+    wide,
+)
 
 WIDEST = 1024  # of D
 LIMIT = f"D must be at most {WIDEST}"

@@ -14,7 +14,6 @@ from vlmedit.world.scene import Scene, Thing
 from vlmedit.world.verdict import rest_kept
 
 
-
 def recolored(before: Scene, after: Scene, edit: Edit) -> bool:
     """Whether `after` shows the thing that `edit.shape` names in the color `edit.color`, whatever happened to the rest."""
     return any(t.shape == edit.shape and t.color == edit.color for t in after.things)

@@ -26,8 +26,8 @@ from vlmedit.pictures import InputError
 from vlmedit.real import budget, judges
 from vlmedit.real.backbones import Channels, backbone_of, family_of
 from vlmedit.real.budget import GB, Call
-from vlmedit.real.judges import recompute
 from vlmedit.real.hub import reachable
+from vlmedit.real.judges import recompute
 from vlmedit.real.loading import read_json
 from vlmedit.real.roles import lora_targets
 from vlmedit.real.settings import RealConfig

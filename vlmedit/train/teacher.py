@@ -13,8 +13,8 @@ from accelerate import Accelerator
 
 from vlmedit.data import GROUND_CLASSES, TEXT_LENGTH, captioned_batch
 from vlmedit.flow import interpolate, logit_normal_time, velocity_target
-from vlmedit.models.judge import ground_loss
 from vlmedit.models.dit import DiT
+from vlmedit.models.judge import ground_loss
 from vlmedit.models.text import build_tokenizer
 from vlmedit.train.config import TeacherConfig
 from vlmedit.train.engine import EMA, Optimizer, Run, Step

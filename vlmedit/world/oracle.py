@@ -19,7 +19,20 @@ from torch import Tensor
 
 from vlmedit.world.edits import Edit
 from vlmedit.world.render import NIGHT_GAIN, NIGHT_TINT, PASTEL_MIX, STRIPE_TONE, paint, pixel_grid, render
-from vlmedit.world.scene import BACKGROUND_JITTER, BACKGROUNDS, COLOR_JITTER, COLORS, SHAPES, SIZE_RANGE, STYLES, TEXTURES, Look, Scene, Thing, can_wear
+from vlmedit.world.scene import (
+    BACKGROUND_JITTER,
+    BACKGROUNDS,
+    COLOR_JITTER,
+    COLORS,
+    SHAPES,
+    SIZE_RANGE,
+    STYLES,
+    TEXTURES,
+    Look,
+    Scene,
+    Thing,
+    can_wear,
+)
 from vlmedit.world.verdict import edit_done, rest_kept
 
 CONTRAST = 0.10  # least colour distance from the background that counts as ink
