@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -133,22 +132,14 @@ class RealOptimizer(Optimizer):
         params = [p for p in model.parameters() if p.requires_grad]
         self.parts = [adamw(config.optimizer)(params, lr=self.lr, betas=config.betas, weight_decay=config.weight_decay)]
 
-    def step(self, index: int, accelerator: Accelerator) -> tuple[float, bool]:
+    def gather(self, accelerator: Accelerator) -> float:
         params = [p for p in self.model.parameters() if p.grad is not None]
         if self.config.accumulate > 1:
             torch._foreach_mul_([p.grad for p in params], 1 / self.config.accumulate)
         if not any(isinstance(p, DTensor) for p in params):  # shards come averaged
             average_gradients(params, accelerator)
         norm = nn.utils.clip_grad_norm_(params, self.config.clip)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        fine = math.isfinite(norm) and norm < self.config.spike
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = self.rate(index)
-            if fine:
-                part.step()
-            part.zero_grad(set_to_none=True)
-        return norm, fine
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def adamw(name: str):

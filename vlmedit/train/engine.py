@@ -68,12 +68,16 @@ class Optimizer:
         progress = min(1.0, (step - c.warmup) / max(1, c.steps - c.warmup))
         return self.lr * (c.final_lr + (1 - c.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
+    def gather(self, accelerator: Accelerator) -> float:
+        """Average the gradients over processes and clip them. Returns their norm before."""
+        params = [p for p in self.model.parameters() if p.grad is not None]
+        average_gradients(params, accelerator)
+        return float(nn.utils.clip_grad_norm_(params, self.config.clip))
+
     def step(self, index: int, accelerator: Accelerator) -> tuple[float, bool]:
         """Average gradients over processes, clip, and update unless the norm is not finite or spikes.
         Returns the norm before clipping and whether the update was made. Clears the gradients."""
-        params = [p for p in self.model.parameters() if p.grad is not None]
-        average_gradients(params, accelerator)
-        norm = float(nn.utils.clip_grad_norm_(params, self.config.clip))
+        norm = self.gather(accelerator)
         fine = math.isfinite(norm) and norm < self.config.spike
         for part in self.parts:
             for group in part.param_groups:
