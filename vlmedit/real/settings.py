@@ -97,15 +97,11 @@ class RealConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         self.npedit()  # its checks hold here too
-        for name, allowed in dict(roles=ROLES, optimizer=OPTIMIZERS, sharding=SHARDING, matching=MATCHING, codec_precision=("fp32", "bf16")).items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {', '.join(allowed)}")
+        self.check_choices(roles=ROLES, optimizer=OPTIMIZERS, sharding=SHARDING, matching=MATCHING, codec_precision=("fp32", "bf16"))
         for name, allowed in dict(checkpointing=CHECKPOINTED, offload=OFFLOADED, trackers=TRACKERS).items():
             if wrong := [v for v in getattr(self, name) if v not in allowed]:
                 raise ConfigError(f"{name} names {', '.join(map(repr, wrong))}; known: {', '.join(allowed)}")
-        for name in ("accumulate", "rank", "strip_every", "text_length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        self.check_counts("accumulate", "rank", "strip_every", "text_length")
         for name in ("nothing_share", "flip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it is a share in [0, 1]")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,15 +49,24 @@ class TrainConfig:
     save_every: int = 500  # updates between checkpoints
 
     def __post_init__(self):
-        for name in ("steps", "batch", "side", "save_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        self.check_counts("steps", "batch", "side", "save_every")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema is {self.ema}; it must lie in [0, 1)")
         if self.lr <= 0:
             raise ConfigError(f"lr is {self.lr}; it must be positive")
-        if self.precision not in ("bf16", "no"):
-            raise ConfigError(f"precision is {self.precision!r}; known: bf16, no")
+        self.check_choices(precision=("bf16", "no"))
+
+    def check_counts(self, *names: str) -> None:
+        """Raise `ConfigError` for a setting below 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def check_choices(self, **known: Iterable[str]) -> None:
+        """Raise `ConfigError` for a setting that is none of the words known for it."""
+        for name, words in known.items():
+            if getattr(self, name) not in words:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {', '.join(words)}")
 
     @classmethod
     def make(cls, tier: str = "laptop", **overrides):
@@ -207,8 +217,7 @@ class NPEditConfig(TrainConfig):
             raise ConfigError(f"emphasis names the unknown edit type {', '.join(unknown)}; known: {', '.join(ALL_TYPES)}")
         if self.dmd_weight == 0 and self.judge_weight == 0:
             raise ConfigError("dmd_weight and judge_weight are both 0; nothing would be learnt")
-        if self.task not in TASKS:
-            raise ConfigError(f"task is {self.task!r}; known: {', '.join(TASKS)}")
+        self.check_choices(task=TASKS)
         if self.fake_updates < 0:
             raise ConfigError(f"fake_updates is {self.fake_updates}; it must be at least 0")
         if not 0 <= self.settled < 1:
@@ -223,16 +232,13 @@ class NPEditConfig(TrainConfig):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it belongs to reward 'judge', and reward is {self.reward!r}: leave one of them out")
         if self.teacher_draws < 1 or self.teacher_scale <= 0:
             raise ConfigError(f"teacher_draws is {self.teacher_draws} and teacher_scale {self.teacher_scale}; at least one draw and a positive scale are needed")
-        of_words = (("reward", REWARDS), ("wording", WORDINGS), ("truncate", ("fixed", "random")))
-        for name, known in (*of_words, ("matching", OBJECTIVES), ("dmd_norm", NORMS), ("calls", CALLS), ("renoise", RENOISE), ("answer_loss", ("two_logits", "vocabulary"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
+        self.check_choices(reward=REWARDS, wording=WORDINGS, truncate=("fixed", "random"))
+        self.check_choices(matching=OBJECTIVES, dmd_norm=NORMS, calls=CALLS, renoise=RENOISE, answer_loss=("two_logits", "vocabulary"))
         if self.gradient_calls is not None and self.gradient_calls < 1:
             raise ConfigError(f"gradient_calls is {self.gradient_calls}; at least the last call must carry a gradient, or none for all")
         if self.matching == "mmd" and self.batch < 2:
             raise ConfigError(f"batch is {self.batch}; matching 'mmd' compares pictures with each other: it must be at least 2")
-        if self.fake_rollouts not in ("shared", "fresh"):
-            raise ConfigError(f"fake_rollouts is {self.fake_rollouts!r}; known: shared, fresh")
+        self.check_choices(fake_rollouts=("shared", "fresh"))
 
     @classmethod
     def tiers(cls):
@@ -274,15 +280,12 @@ class SyntheticConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("candidates", "maker_steps", "capacity"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        self.check_counts("candidates", "maker_steps", "capacity")
         if not 0 < self.maker_start <= 1:
             raise ConfigError(f"maker_start is {self.maker_start}; it is a time in (0, 1]")
         if not 0 <= self.threshold < 1:
             raise ConfigError(f"threshold is {self.threshold}; it is a probability in [0, 1)")
-        if self.maker not in MAKERS:
-            raise ConfigError(f"maker is {self.maker!r}; known: {', '.join(MAKERS)}")
+        self.check_choices(maker=MAKERS)
 
     @classmethod
     def tiers(cls):
@@ -315,6 +318,10 @@ class CycleConfig(TrainConfig):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0, which is off")
 
+    @classmethod
+    def tiers(cls):
+        return {**super().tiers(), "gpu": dict(side=64, batch=128)}
+
 
 @dataclass(frozen=True)
 class CycleGANConfig(CycleConfig):
@@ -334,17 +341,10 @@ class CycleGANConfig(CycleConfig):
         super().__post_init__()
         if self.gan_weight <= 0:
             raise ConfigError(f"gan_weight is {self.gan_weight}; without it copying is the best answer: it must be positive")
-        if self.critic_updates < 1:
-            raise ConfigError(f"critic_updates is {self.critic_updates}; it must be at least 1")
+        self.check_counts("critic_updates")
         if not 0 <= self.mismatch <= 1:
             raise ConfigError(f"mismatch is {self.mismatch}; it is a share in [0, 1]")
-        for name, known in (("calls", CALLS), ("renoise", RENOISE)):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
-
-    @classmethod
-    def tiers(cls):
-        return {**super().tiers(), "gpu": dict(side=64, batch=128)}
+        self.check_choices(calls=CALLS, renoise=RENOISE)
 
 
 @dataclass(frozen=True)
@@ -365,12 +365,7 @@ class BootstrapConfig(CycleConfig):
             raise ConfigError(f"prior_weight is {self.prior_weight}; without it copying is the best answer: it must be positive")
         if not 0 <= self.follow < 1:
             raise ConfigError(f"follow is {self.follow}; it must lie in [0, 1)")
-        if self.sampler_steps < 1:
-            raise ConfigError(f"sampler_steps is {self.sampler_steps}; it must be at least 1")
-
-    @classmethod
-    def tiers(cls):
-        return {**super().tiers(), "gpu": dict(side=64, batch=128)}
+        self.check_counts("sampler_steps")
 
 
 @dataclass(frozen=True)
@@ -410,13 +405,10 @@ class GRPOConfig(TrainConfig):
             raise ConfigError(f"batch is {self.batch} and group {self.group}; a group needs at least 2 samples, and the batch whole groups")
         if self.sampler_steps < 2:
             raise ConfigError(f"sampler_steps is {self.sampler_steps}; the last step is not random, so there must be at least 2")
-        if self.inner < 1:
-            raise ConfigError(f"inner is {self.inner}; it must be at least 1")
+        self.check_counts("inner")
         if self.noise_level <= 0:
             raise ConfigError(f"noise_level is {self.noise_level}; without noise there is nothing to compare: it must be positive")
-        for name, known in (("policy", ("euler", "exponential")), ("advantage_spread", ("group", "batch")), ("task", tuple(TASKS))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
+        self.check_choices(policy=("euler", "exponential"), advantage_spread=("group", "batch"), task=TASKS)
 
     @classmethod
     def tiers(cls):
