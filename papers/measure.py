@@ -74,15 +74,11 @@ def measure_distilled(args) -> None:
 
 def measure_judge(args) -> None:
     """Accuracy per question: clean, under attack, on the warm student's and the editor's outputs."""
-    judge = load("judge")
-    figures = {"clean": evaluate_judge(judge, 1024), "attacked": evaluate_judge(judge, 512, radius=2.5)}
-    for role in ("warm", "editor"):
-        figures[f"on {role} outputs"] = judge_against_oracle(judge, evaluate_student(load(role), None, args.n)[1])
-    write("judge", figures)
-    second = load("second_judge")
-    figures = {"clean": evaluate_judge(second, 1024), "attacked": evaluate_judge(second, 512, radius=2.5)}
-    figures["on editor outputs"] = judge_against_oracle(second, evaluate_student(load("editor"), None, args.n)[1])
-    write("second_judge", figures)
+    edits = {role: evaluate_student(load(role), None, args.n)[1] for role in ("warm", "editor")}
+    for name, roles in (("judge", ("warm", "editor")), ("second_judge", ("editor",))):
+        judge = load(name)
+        figures = {"clean": evaluate_judge(judge, 1024), "attacked": evaluate_judge(judge, 512, radius=2.5)}
+        write(name, figures | {f"on {role} outputs": judge_against_oracle(judge, edits[role]) for role in roles})
 
 
 def measure_editor(args) -> None:
