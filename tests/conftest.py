@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from tiny_models import tiny_dit, tiny_judge
 
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -39,3 +40,13 @@ def pytest_collection_modifyitems(config, items):
 def seeded():
     """Every test starts from the same global generator."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Tiny random models on disk: teacher, student, judge. Not to be written to."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("teacher", "student")):
+        tiny_dit(seed).save_pretrained(folder / name)
+    tiny_judge(3).save_pretrained(folder / "judge")
+    return folder

@@ -329,14 +329,6 @@ def test_both_lower_their_own_loss_on_one_batch(batch):
 # --- the stages
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("teacher", "student")):
-        tiny_dit(seed).save_pretrained(folder / name)
-    return folder
-
-
 @pytest.mark.parametrize("stage", ("cyclegan", "bootstrap"))
 def test_a_killed_run_resumes_to_the_same_weights(folder, tmp_path, stage):
     """Three updates: finite figures, calls counted; killed after two, the run ends in the straight run's weights, bit for bit."""

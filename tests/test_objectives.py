@@ -354,15 +354,6 @@ def configuration(out, folder, **overrides) -> NPEditConfig:
     return NPEditConfig.make("smoke", **{**places, "side": SIDE, "batch": 3, "precision": "no", "steps": 2, **overrides})
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("teacher", "student")):
-        tiny_dit(seed).save_pretrained(folder / name)
-    tiny_judge(3).save_pretrained(folder / "judge")
-    return folder
-
-
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_trains(folder, tmp_path, name):
     """Two updates: finite figures, a pull of its own (an adversary's once it has learnt), a changed student; the fake learns unless nobody asks it, and the

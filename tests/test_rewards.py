@@ -273,15 +273,6 @@ def test_the_gan_term_is_added_to_the_pull():
     assert wanted.abs().max() > 1e-6
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("teacher", "student")):
-        tiny_dit(seed).save_pretrained(folder / name)
-    tiny_judge(3).save_pretrained(folder / "judge")
-    return folder
-
-
 ARMS = {
     "teacher": dict(reward="teacher"),
     "teacher alone": dict(reward="teacher", identity=False),

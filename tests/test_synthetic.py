@@ -71,15 +71,6 @@ def test_only_what_the_judge_likes_twice_is_kept():
     assert approved(judge, batch, batch.reference, output, 0.0).all()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("teacher", "student")):
-        tiny_dit(seed).save_pretrained(folder / name)
-    tiny_judge(3).save_pretrained(folder / "judge")
-    return folder
-
-
 def places(folder) -> dict:
     return {name: str(folder / name) for name in ("teacher", "student", "judge")}
 
