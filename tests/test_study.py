@@ -1,4 +1,4 @@
-"""Studies: equal updates for every arm, what is shared and what is repeated, tables that are means, failures that stop nothing."""
+"""Studies: equal updates (or calls, or seconds) for every arm, what is shared and what is repeated, tables that are means, failures that stop nothing."""
 
 import importlib.util
 import json
@@ -130,6 +130,7 @@ BAD = {
     "seed": (dict(seeds=("x",)), "seed is 'x'; it must be a whole number"),
     "no seeds": (dict(seeds=()), "no seeds given"),
     "updates": (dict(updates=0), "updates is 0; it must be at least 1"),
+    "measure": (dict(equal="cost"), "equal is 'cost'; known: updates, calls, cpu"),
     "tier": (dict(tier="laptpo"), "unknown tier 'laptpo'; known: smoke, laptop, gpu"),
     "model": (dict(overrides={"student": "nowhere"}), "student is 'nowhere', no folder with a model\ntrain one"),
     "side": (dict(overrides={"side": 32}), "side is 32, and the student in .* is made for 16; pass --set side=16"),
@@ -166,7 +167,7 @@ def test_a_study_trains_measures_and_writes_its_table(make, tmp_path):
             assert row[key] == pytest.approx(mine[key].mean()) and row[f"{key}_se"] == pytest.approx(mine[key].std() / 2**0.5)
     for cell, _ in records:
         steps = cell["trainings"][0]["config"]
-        straight = list(train_npedit(study.STAGES["npedit"][0](**{**steps, "out": str(tmp_path / f"check-{cell['arm']}-{cell['seed']}"), "betas": tuple(steps["betas"])})))
+        straight = list(train_npedit(study.STAGES["npedit"][0](**{**steps, "out": str(tmp_path / f"check-{cell['arm']}-{cell['seed']}"), "betas": tuple(steps["betas"])}, **plan.models)))
         assert cell["calls"] == sum(s.metrics["calls"] for s in straight) > 0 and cell["cpu_seconds"] > 0
     assert result["failed"] == [] and json.loads((tmp_path / "out" / "table.json").read_text()) == result
     with Image.open(tmp_path / "out" / "plot.png") as plot:
@@ -175,6 +176,35 @@ def test_a_study_trains_measures_and_writes_its_table(make, tmp_path):
     assert study.read("objective", tmp_path / "out") == result
     more = done(make("objective", ("full", "judge only"), (0, 1, 2)))
     assert [known for _, known in more].count(True) == 4 and {c["seed"] for c, known in more if not known} == {2}
+
+
+def test_arms_may_spend_equal_calls(make, models, tmp_path, monkeypatch):
+    """One call per update against four: four times the updates, as many calls in the end, within an update; asked again, no pilot runs."""
+    arms = ("one call", "all calls")
+    ask = lambda: study.plan("unroll", "smoke", (0,), arms, 12, overrides=models | {"side": SIDE, "precision": "no"}, out=tmp_path / "out", runs=tmp_path / "runs", equal="calls")
+    plan = study.balance(ask())
+    assert plan.factors["one call"] == pytest.approx(4 * plan.factors["all calls"]) and not (tmp_path / "runs" / "pilots").exists()
+    one, every = [c for c, _ in done(plan)]
+    assert one["ok"] and every["ok"] and abs(one["calls"] - every["calls"]) <= 4 * 4
+    assert one["updates"] == round(12 * plan.factors["one call"]) and one["updates"] >= 4 * every["updates"] - 4
+    result = study.write_tables(plan)
+    assert result["equal"] == "calls" and [r["updates"] for r in result["arms"]] == [one["updates"], every["updates"]]
+    monkeypatch.setattr(study, "pilot_cost", None)  # calling it would raise
+    assert study.balance(ask()) == plan
+
+
+def test_arms_may_spend_equal_seconds(make, models, tmp_path, monkeypatch):
+    """Half as dear, twice the updates; over both trainings of an arm; and a pilot's seconds are those of the process."""
+    ask = lambda equal="cpu": study.plan("rl", "laptop", (0,), updates=40, overrides=models | {"side": SIDE}, out=tmp_path / "o", runs=tmp_path / "r", equal=equal)
+    costs = {"SFT": 1.0, "SFT + Flow-GRPO": 2.0, "SFT + NP-Edit": 0.5, "Flow-GRPO": 4.0, "NP-Edit": 1.0}
+    monkeypatch.setattr(study, "pilot_cost", lambda plan, arm: costs[arm])
+    plan = study.balance(ask())
+    updates = {arm: [t.config.steps for t in study.prepare(plan, arm, 0)] for arm in plan.arms}
+    assert updates == {"SFT": [40], "SFT + Flow-GRPO": [10, 10], "SFT + NP-Edit": [40, 40], "Flow-GRPO": [10], "NP-Edit": [40]}
+    assert study.balance(ask("updates")).factors == {}
+    monkeypatch.undo()
+    cheap, dear = (study.pilot_cost(study.plan("fake_updates", "smoke", arms=(k,), overrides=models | {"side": SIDE, "precision": "no"}, out=tmp_path / "o", runs=tmp_path / "p", equal="cpu"), k) for k in ("1", "10"))
+    assert 0 < 1.5 * cheap < dear
 
 
 def test_a_training_is_made_once_for_all_studies(make, monkeypatch):

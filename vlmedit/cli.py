@@ -680,6 +680,7 @@ def study(
     arms: tuple[str, ...] = (),
     updates: int | None = None,
     n: int | None = None,
+    equal: Literal["updates", "calls", "cpu"] = "updates",
     set: tuple[str, ...] = (),
     jobs: int = 1,
     out: Path | None = None,
@@ -695,8 +696,9 @@ def study(
         tier: smoke, laptop or gpu: the configuration that the arms change.
         seeds: Of the trainings: 0,1,2.
         arms: Some of the study's arms, by name; by default all.
-        updates: Student updates of every arm: 2, 300, 3000 by tier.
+        updates: Student updates of every arm (of the first one, where something else is equal): 2, 300, 3000 by tier.
         n: Held-out edits: 8, 512, 2048 by tier.
+        equal: What all arms spend alike: updates, calls of the student, or CPU-seconds; a pilot of each arm tells what its updates cost.
         set: Settings for all arms as key=value (of one stage: sft.lr=1e-3); teacher, judge and student name other models.
         jobs: Cells trained at a time, each in a process of its own.
         out: Folder of the results; papers/results/studies/NAME by default.
@@ -720,7 +722,8 @@ def study(
     chosen = words(arms)
     texts, models = suite.sort_overrides(name, parse_pairs(set), chosen)
     overrides = {f"{stage}.{k}": v for stage, given in texts.items() for k, v in typed(STAGES[stage][0], given).items()}
-    plan = suite.plan(name, tier, numbers, chosen, updates, n, overrides | models, out, runs)
+    plan = suite.plan(name, tier, numbers, chosen, updates, n, overrides | models, out, runs, equal)
+    plan = suite.balance(plan, _say)
     count, failed = len(plan.arms) * len(plan.seeds), 0
     with _progress() as progress, disk_errors(Path(plan.runs)):
         whole = progress.add_task(f"study {name}", total=count, note="")

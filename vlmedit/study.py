@@ -1,4 +1,4 @@
-"""Studies: a claim's arms, each trained on several seeds at equal student updates, measured by the oracle, in one table and one plot.
+"""Studies: a claim's arms, each trained on several seeds at equal cost, measured by the oracle, in one table and one plot.
 
 A study is a dictionary of arms; an arm is one or more trainings, one after the other, and the ways its student is then used.
 Whatever an arm does not say is the tier's configuration, from the shipped warm start, teacher and judge. A cell is an arm and a seed.
@@ -7,6 +7,9 @@ Whatever an arm does not say is the tier's configuration, from the shipped warm 
     for cell in study.run(plan): ...
     study.write_tables(plan)
 
+* Equal cost means equally many updates of the student, of its calls on one picture, or of CPU-seconds (`equal`). For the latter two the
+  first arm's updates are the measure: a short pilot of every arm tells what its updates cost, and each gets as many as cost the same. What
+  was spent in the end is in the table; it differs by what the pilot did not see (a percent or two of seconds; calls drawn at random).
 * Cost: every cell records the student's calls on one picture (`calls`) and the process's CPU-seconds (`cpu_seconds`) of its
   trainings; a judge that an arm schools for itself is counted apart (`judge_cpu_seconds`). What the teacher does for an arm, synthetic
   pairs for instance, shows in the seconds alone.
@@ -50,6 +53,8 @@ UPDATES = {"smoke": 2, "laptop": 300, "gpu": 3000}  # of the student, unless sai
 REQUESTS = {"smoke": 8, "laptop": 512, "gpu": 2048}  # held-out edits
 ROLES = {"teacher": "teacher", "judge": "judge", "student": "warm"}  # what all arms start from, and its shipped checkpoint
 PATHS = (*ROLES, "second", "softener", "start")  # settings that name a model's folder
+EQUAL = {"updates": "updates", "calls": "calls of the student", "cpu": "CPU-seconds"}  # what arms may have in common
+PILOT, UNTIMED = 24, 2  # updates of an arm's pilot, and how many of them warm up
 CELL_BYTES = 80 * 2**20  # disk space of one training while it runs
 
 
@@ -257,6 +262,9 @@ class Plan:
     models: Mapping[str, str]  # role -> folder
     out: str
     runs: str
+    equal: str = "updates"
+    factors: Mapping[str, float] = field(default_factory=dict)  # arm -> its updates as a multiple of the plan's, where cost is made equal
+    pilot: bool = False  # a few updates, to learn their cost
 
 
 @dataclass(frozen=True)
@@ -321,6 +329,7 @@ def plan(
     overrides: Mapping | None = None,
     out: str | os.PathLike | None = None,
     runs: str | os.PathLike | None = None,
+    equal: str = "updates",
 ) -> Plan:
     """A checked plan: every arm's configuration is built, every model looked for, before any work. Raises `InputError` or
     `ConfigError` naming what cannot be used and what is known."""
@@ -331,6 +340,8 @@ def plan(
     problems += [] if seeds else ["no seeds given; pass at least one"]
     if tier not in UPDATES:
         problems.append(f"unknown tier {tier!r}; known: {', '.join(UPDATES)}")
+    if equal not in EQUAL:
+        problems.append(f"equal is {equal!r}; known: {', '.join(EQUAL)}")
     if problems:
         raise InputError(problems)
     chosen = tuple(dict.fromkeys(arms)) or tuple(study.arms)
@@ -340,7 +351,7 @@ def plan(
             models[role] = str(checkpoint("shapes", kind))
     made = Plan(
         name, tier, updates or UPDATES[tier], n or REQUESTS[tier], tuple(dict.fromkeys(seeds)), chosen, stages, models,
-        str(out or RESULTS / name), str(runs or RUNS),
+        str(out or RESULTS / name), str(runs or RUNS), equal,
     )  # fmt: skip
     check(made)
     return made
@@ -391,7 +402,8 @@ def prepare(plan: Plan, arm: str, seed: int) -> list[Task]:
     models, known, tasks = dict(plan.models), {}, []
     for part in find(plan.name).arms[arm].parts:
         config_class = STAGES[part.stage][0]
-        updates = max(1, round(part.share * plan.updates)) if part.updates is None else (2 if plan.tier == "smoke" else part.updates)
+        share = part.share * plan.factors.get(arm, 1.0)
+        updates = max(1, round(share * plan.updates)) if part.updates is None else (2 if plan.tier == "smoke" or plan.pilot else part.updates)
         names = {f.name for f in dataclasses.fields(config_class)}
         given = {k: v for k, v in models.items() if k in names} | plan.overrides.get(part.stage, {}) | dict(part.settings)
         if plan.tier != "smoke" and "softener" in names:
@@ -408,6 +420,44 @@ def prepare(plan: Plan, arm: str, seed: int) -> list[Task]:
         models[part.gives] = str(out / "model")
         known[models[part.gives]] = key
     return tasks
+
+
+def balance(plan: Plan, say: Callable[[str], object] = lambda text: None) -> Plan:
+    """The plan with every arm's updates at the same cost as the first arm's of the study. Runs a pilot of each arm on the plan's first seed, once:
+    what it found is kept in `out`, so that a study that goes on later goes on with the same numbers."""
+    if plan.equal == "updates":
+        return plan
+    first = next(iter(find(plan.name).arms))
+    arms = [arm for arm in dict.fromkeys((first, *plan.arms)) if find(plan.name).arms[arm].parts]
+    identity = short_hash([plan.tier, plan.updates, plan.overrides, {role: digest(folder) for role, folder in plan.models.items()}])
+    file = Path(plan.out) / f"equal-{plan.equal}-{identity}.json"
+    costs = json.loads(file.read_text()) if file.is_file() else {}
+    for arm in arms:
+        if arm not in costs:
+            say(f"pilot of {arm}")
+            costs[arm] = pilot_cost(plan, arm)
+            save_json(costs, file)
+    if not costs.get(first):
+        raise InputError(f"study {plan.name!r} cannot be made equal in {EQUAL[plan.equal]}: its first arm, {first!r}, has none; pass --equal updates")
+    return dataclasses.replace(plan, factors={arm: costs[first] / costs[arm] for arm in arms if costs[arm]})
+
+
+def pilot_cost(plan: Plan, arm: str) -> float:
+    """What one of an arm's updates of its student costs, its trainings weighted by their shares."""
+    small = dataclasses.replace(plan, updates=PILOT if plan.tier != "smoke" else 2, pilot=True, factors={}, runs=str(Path(plan.runs) / "pilots"))
+    total = 0.0
+    for part, task in zip(find(plan.name).arms[arm].parts, prepare(small, arm, plan.seeds[0]), strict=True):
+        shutil.rmtree(task.config.out, ignore_errors=True)
+        config = dataclasses.replace(task.config, steps=max(task.config.steps, UNTIMED + 1), save_every=10**6)
+        for step in STAGES[task.stage][1](config):
+            if step.index <= UNTIMED:
+                calls, began = 0, time.process_time()
+            else:
+                calls, spent = calls + int(step.metrics.get("calls", 0)), time.process_time() - began
+        if part.gives == "student":
+            total += part.share * (calls if plan.equal == "calls" else spent) / (config.steps - UNTIMED)
+    shutil.rmtree(small.runs)
+    return total
 
 
 def cell_key(plan: Plan, arm: str, seed: int) -> str:
@@ -480,13 +530,18 @@ def use(model, judge, n: int, seed: int, shift: float, way: Mapping) -> dict:
     return {**metrics, "calls_per_edit": calls, "use_cpu_seconds": time.process_time() - began}
 
 
+def student_updates(tasks: Iterable[Task]) -> int:
+    return sum(task.config.steps for task in tasks if task.stage != "judge")
+
+
 def run_cell(plan: Plan, arm: str, seed: int, watch: Watch | None = None) -> dict:
     """Train and measure one cell and write its record. An exception is a record too; only an interruption ends the study."""
     from vlmedit.models.dit import DiT
     from vlmedit.models.judge import JudgeModel
 
-    tasks, record = prepare(plan, arm, seed), {"study": plan.name, "arm": arm, "seed": seed, "tier": plan.tier, "updates": plan.updates}
-    record["trainings"] = [{"stage": t.stage, "key": t.key, "config": dataclasses.asdict(t.config)} for t in tasks]
+    tasks = prepare(plan, arm, seed)
+    record = {"study": plan.name, "arm": arm, "seed": seed, "tier": plan.tier, "updates": student_updates(tasks)}
+    record["trainings"] = [{"stage": t.stage, "key": t.key, "config": {k: v for k, v in dataclasses.asdict(t.config).items() if k not in (*PATHS, "out")}} for t in tasks]
     try:
         costs = [train(task, watch) for task in tasks]
         student = [(t, c) for t, c in zip(tasks, costs) if t.stage != "judge"]
@@ -542,7 +597,7 @@ def run(plan: Plan, jobs: int = 1, watch: Watch | None = None) -> Iterator[tuple
             process.start()
             process.join()
             if not file.is_file():
-                record = {"study": plan.name, "arm": arm, "seed": seed, "tier": plan.tier, "updates": plan.updates, "ok": False}
+                record = {"study": plan.name, "arm": arm, "seed": seed, "tier": plan.tier, "updates": student_updates(prepare(plan, *pair)), "ok": False}
                 save_json(record | {"error": f"its process died with exit code {process.exitcode}"}, file)
             return json.loads(file.read_text())
 
@@ -617,7 +672,7 @@ def write_tables(plan: Plan) -> dict:
     failed = [{"arm": c["arm"], "seed": c["seed"], "error": c["error"]} for c in every if not c["ok"]]
     study, out = STUDIES[plan.name], Path(plan.out)
     result = {
-        "study": plan.name, "question": study.question, "tier": plan.tier, "updates": plan.updates, "n": plan.n,
+        "study": plan.name, "question": study.question, "tier": plan.tier, "equal": plan.equal, "updates": plan.updates, "n": plan.n,
         "overrides": {k: dict(v) for k, v in plan.overrides.items() if v}, "arms": summarize(rows) if rows else [], "failed": failed,
     }  # fmt: skip
     save_json(result, out / "table.json")
@@ -655,7 +710,8 @@ def draw(result: Mapping, path: Path) -> Path:
     axes[0].invert_yaxis()
     best = max(arms, key=lambda a: a["success"])
     seeds = max(len(a["seeds"]) for a in arms)
-    figure.suptitle(f"{result['study']}, {result['updates']} updates, {seeds} seed{'s' * (seeds > 1)}: {best['arm']} does best, {best['success']:.2f}", fontsize=10)
+    spent = f"{result['updates']} updates" if result["equal"] == "updates" else f"equal {EQUAL[result['equal']]}"
+    figure.suptitle(f"{result['study']}, {spent}, {seeds} seed{'s' * (seeds > 1)}: {best['arm']} does best, {best['success']:.2f}", fontsize=10)
     return save(figure, path)
 
 
