@@ -29,8 +29,9 @@ def models(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("teacher", "student")):
         tiny_dit(seed).save_pretrained(folder / name)
-    tiny_judge(3).save_pretrained(folder / "judge")
-    return {name: str(folder / name) for name in ("teacher", "student", "judge")}
+    for seed, name in ((3, "judge"), (4, "held_out")):
+        tiny_judge(seed).save_pretrained(folder / name)
+    return {name: str(folder / name) for name in study.ROLES}
 
 
 @pytest.fixture
@@ -167,7 +168,7 @@ def test_a_study_trains_measures_and_writes_its_table(make, tmp_path):
             assert row[key] == pytest.approx(mine[key].mean()) and row[f"{key}_se"] == pytest.approx(mine[key].std() / 2**0.5)
     for cell, _ in records:
         steps = cell["trainings"][0]["config"]
-        straight = list(train_npedit(study.STAGES["npedit"][0](**{**steps, "out": str(tmp_path / f"check-{cell['arm']}-{cell['seed']}"), "betas": tuple(steps["betas"])}, **plan.models)))
+        straight = list(train_npedit(study.STAGES["npedit"][0](**{**steps, "out": str(tmp_path / f"check-{cell['arm']}-{cell['seed']}"), "betas": tuple(steps["betas"])}, **{k: plan.models[k] for k in ("teacher", "judge", "student")})))
         assert cell["calls"] == sum(s.metrics["calls"] for s in straight) > 0 and cell["cpu_seconds"] > 0
     assert result["failed"] == [] and json.loads((tmp_path / "out" / "table.json").read_text()) == result
     with Image.open(tmp_path / "out" / "plot.png") as plot:
@@ -205,6 +206,45 @@ def test_arms_may_spend_equal_seconds(make, models, tmp_path, monkeypatch):
     monkeypatch.undo()
     cheap, dear = (study.pilot_cost(study.plan("fake_updates", "smoke", arms=(k,), overrides=models | {"side": SIDE, "precision": "no"}, out=tmp_path / "o", runs=tmp_path / "p", equal="cpu"), k) for k in ("1", "10"))
     assert 0 < 1.5 * cheap < dear
+
+
+def test_a_watched_student_is_measured_on_its_way(make, tmp_path):
+    """Four times in four updates: other weights each time, the last those of a training that nobody watched; one that nobody watched is made
+    again when it is to be watched; stopped in between, what was kept is kept."""
+    watched = lambda out, runs: study.plan("hacking", "smoke", (0,), ("NP-Edit",), 4, overrides=make("hacking").models | {"side": SIDE, "precision": "no"}, out=tmp_path / out, runs=tmp_path / runs)
+    plain = study.plan("objective", "smoke", (0,), ("full",), 4, overrides=make("objective").models | {"side": SIDE, "precision": "no"}, out=tmp_path / "plain", runs=tmp_path / "a")
+    done(plain)
+    (before,) = (load_file(f) for f in (tmp_path / "a").rglob("*.safetensors"))
+    plan = watched("out", "a")
+    ((cell, known),) = done(plan)
+    assert cell["ok"] and not known and list(cell["ways"]) == [f"4 steps after {k}" for k in (1, 2, 3, 4)]
+    (run,) = (tmp_path / "a").iterdir()
+    on_the_way = [load_file(run / f"after-{k}.safetensors") for k in (1, 2, 3)] + [load_file(next((run / "model").glob("*.safetensors")))]
+    apart = lambda one, other: max((one[k] - other[k]).abs().max().item() for k in one)
+    assert all(apart(a, b) > 0 for a, b in zip(on_the_way, on_the_way[1:])) and apart(on_the_way[-1], before) == 0
+    assert len({m["manifold_psnr"] for m in cell["ways"].values()}) == 4 and [r["arm"] for r in study.rows_of(cell)][0] == "NP-Edit, 4 steps after 1"
+    for m in cell["ways"].values():
+        assert 0 <= m["calibration_error"]["edit"] <= 1 and -1 <= m["held_out_gap"] <= 1 and m["held_out_gap"] != m["hacking_gap"]
+
+    def stop(what, step):
+        if step.index == 3:
+            raise KeyboardInterrupt
+
+    again = watched("again", "b")
+    with pytest.raises(KeyboardInterrupt):
+        done(again, watch=stop)
+    done(again)
+    (run,) = (tmp_path / "b").iterdir()
+    assert all(apart(load_file(run / f"after-{k}.safetensors"), on_the_way[k - 1]) == 0 for k in (1, 2, 3))
+
+
+def test_a_judge_may_relearn_from_the_student_that_it_taught(make):
+    """Halfway the judge goes to school on the student so far, and teaches it on."""
+    plan = study.plan("hacking", "laptop", (0,), ("judge relearns halfway",), 40, overrides=make("hacking").models | {"side": SIDE}, out="x", runs="y")
+    first, school, second = study.prepare(plan, "judge relearns halfway", 0)
+    assert school.config.students == (first.config.out + "/model",) and school.config.start == first.config.judge == plan.models["judge"]
+    assert second.config.student == first.config.out + "/model" and second.config.judge == school.config.out + "/model"
+    assert study.times(second, 2) == [10] and first.config.steps == second.config.steps == 20
 
 
 def test_a_training_is_made_once_for_all_studies(make, monkeypatch):
@@ -307,7 +347,7 @@ def test_the_judge_s_choice_among_samples_pleases_it_more(models):
     plain = pleased()
     for strength in (0.0, 1.0):
         assert pleased(judge=judge, particles=4, strength=strength) > plain
-    assert study.use(student, judge, 8, 0, 1.0, study.WAYS["FK of 4"])["calls_per_edit"] == 16
+    assert study.use(student, judge, judge, 8, 0, 1.0, study.WAYS["FK of 4"])["calls_per_edit"] == 16
     assert torch.equal(edit_examples(student, examples)[1], edit_examples(student, examples, particles=1, strength=1.0)[1])
     with pytest.raises(ValueError, match="particles is 4, and no judge chooses among them"):
         edit_examples(student, examples, particles=4)

@@ -25,6 +25,7 @@ from vlmedit.models.dit import DiT
 from vlmedit.models.judge import JudgeModel
 from vlmedit.models.text import encode
 from vlmedit.schooling import lesson
+from vlmedit.scores import calibration_error
 from vlmedit.search import steer
 from vlmedit.train.judge import attack, yes_no_losses
 from vlmedit.world.edits import EDIT_TYPES
@@ -149,6 +150,8 @@ def summary(judged: Judged, judge: JudgeModel | None) -> dict:
         p = ask_judge(judge, examples, judged.reference, judged.output)
         metrics["judge_p_yes"] = {"edit": p[0].mean().item(), "identity": p[1].mean().item()}
         metrics["hacking_gap"] = p.mean().item() - metrics["success"]
+        truth = {"edit": [v.done for v in judged.verdicts], "identity": [v.kept for v in judged.verdicts]}
+        metrics["calibration_error"] = {k: calibration_error(p[i], torch.tensor(so)) for i, (k, so) in enumerate(truth.items())}
     return metrics
 
 

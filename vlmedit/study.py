@@ -16,6 +16,9 @@ Whatever an arm does not say is the tier's configuration, from the shipped warm 
 * Trainings live in `runs/STAGE-HASH`, named by their configuration and the weights they start from, so that arms and studies
   that share one train it once. Results live in `out`: cells/*.json, table.csv, table.json, plot.png.
 * A finished cell is not repeated, a stopped training goes on from its checkpoint, a failed cell is recorded and tried again next time.
+* A student that is `watched` is measured several times on its way, so that a judge's word can be seen to come apart from the oracle's. What
+  a judge believes is compared with the oracle three ways: on average (`hacking_gap`), answer by answer (`calibration`, the expected
+  calibration error), and against the belief of a held-out judge that taught nobody (`held_out_gap`).
 * Errors are standard errors over seeds; with one seed, of success over requests (binomial) and of nothing else.
 
 This module measures by the oracle: no trainer may import it.
@@ -27,6 +30,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -41,6 +45,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from vlmedit.models.pipeline import checkpoint
 from vlmedit.pictures import InputError, check_space, check_writable, save_json
@@ -51,8 +56,9 @@ RESULTS = Path("papers/results/studies")
 RUNS = Path("runs/studies")
 UPDATES = {"smoke": 2, "laptop": 300, "gpu": 3000}  # of the student, unless said
 REQUESTS = {"smoke": 8, "laptop": 512, "gpu": 2048}  # held-out edits
-ROLES = {"teacher": "teacher", "judge": "judge", "student": "warm"}  # what all arms start from, and its shipped checkpoint
-PATHS = (*ROLES, "second", "softener", "start")  # settings that name a model's folder
+ROLES = {"teacher": "teacher", "judge": "judge", "student": "warm", "held_out": "second_judge"}  # what all arms share, and its shipped checkpoint
+JUDGES = ("judge", "held_out")  # who is asked what he thinks of a student
+PATHS = (*ROLES, "second", "softener", "start", "students")  # settings that name models' folders
 EQUAL = {"updates": "updates", "calls": "calls of the student", "cpu": "CPU-seconds"}  # what arms may have in common
 PILOT, UNTIMED = 24, 2  # updates of an arm's pilot, and how many of them warm up
 CELL_BYTES = 80 * 2**20  # disk space of one training while it runs
@@ -60,6 +66,10 @@ CELL_BYTES = 80 * 2**20  # disk space of one training while it runs
 
 class Share(float):
     """A setting as a share of the requests that a training draws (updates x batch)."""
+
+
+class Role(str):
+    """A setting that takes the folder of the model in this role: a shared one's, or of an earlier training of the arm."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,7 @@ class Part:
 class Arm:
     parts: tuple[Part, ...]  # none: the teacher as it is
     ways: tuple[str, ...] = ("4 steps",)
+    watched: int = 1  # times that the last training's student is measured, the last time at its end
 
 
 @dataclass(frozen=True)
@@ -85,17 +96,20 @@ class Study:
     arms: Mapping[str, Arm]
 
 
-def npedit(ways: Sequence[str] = ("4 steps",), **settings) -> Arm:
+def npedit(ways: Sequence[str] = ("4 steps",), watched: int = 1, **settings) -> Arm:
     """An arm of one no-pair training."""
-    return Arm((Part("npedit", settings),), tuple(ways))
+    return Arm((Part("npedit", settings),), tuple(ways), watched)
 
 
-def schooled(size: str) -> Arm:
-    """The no-pair editor under a judge of its own, schooled from nothing for half of what the shipped one was."""
-    return Arm((Part("judge", dict(size=size, attack_from=500), updates=1500, gives="judge"), Part("npedit")))
+OTHER = dict(size="small", attack_from=500)  # settings of a second judge
 
 
-OTHER = dict(size="small", attack_from=500)  # settings of a second judge, those of `schooled("small")`
+def schooled(size: str, updates: int = 1500, watched: int = 1, editor: Mapping = {}, **settings) -> Arm:
+    """The no-pair editor (with its own settings) under a judge of its own, schooled from nothing for half of what the shipped one was."""
+    return Arm((Part("judge", {**OTHER, "size": size, **settings}, updates=updates, gives="judge"), Part("npedit", editor)), watched=watched)
+
+
+ALONE = dict(dmd_weight=0.0)  # judge only
 
 
 # How a model is used: settings of `evaluate.evaluate_student`, or with an `editor` of `training_free.edit_by_captions`.
@@ -176,6 +190,25 @@ STUDIES: dict[str, Study] = {
             "both judges": Arm((Part("judge", OTHER, updates=1500, gives="second"), Part("npedit"))),
         },
     ),
+    "hacking": Study(
+        "when does the judge's word come apart from the oracle's, and what holds them together",
+        {
+            "NP-Edit": npedit(watched=4),
+            "judge only": npedit(watched=4, **ALONE),
+            "augmented pictures": npedit(watched=4, augment=True, **ALONE),
+            "small judge": schooled("small", watched=4, editor=ALONE),
+            "small judge (never attacked)": schooled("small", watched=4, editor=ALONE, attack_share=0.0),
+            "both judges": Arm((Part("judge", OTHER, updates=1500, gives="second"), Part("npedit", ALONE)), watched=4),
+            "judge relearns halfway": Arm(
+                (
+                    Part("npedit", ALONE, share=0.5),
+                    Part("judge", dict(start=Role("judge"), students=(Role("student"),), attack_from=0, lr=7e-4, warmup=20), updates=300, gives="judge"),
+                    Part("npedit", ALONE, share=0.5),
+                ),
+                watched=2,
+            ),
+        },
+    ),
     "unpaired": Study(
         "what other ways without a pair reach, and what synthetic pairs are worth",
         {
@@ -201,7 +234,15 @@ STUDIES: dict[str, Study] = {
             "mixed (same noise)": npedit(renoise="same"),
         },
     ),
-    "judge_size": Study("does a larger judge teach more", {"shipped": npedit(), **{size: schooled(size) for size in ("small", "medium", "large")}}),
+    "judge_size": Study(
+        "does a larger judge teach more, and a better schooled one",
+        {
+            "shipped": npedit(),
+            **{size: schooled(size) for size in ("small", "medium", "large")},
+            "medium (half the school)": schooled("medium", updates=750, attack_from=250),
+            "medium (never attacked)": schooled("medium", attack_share=0.0),
+        },
+    ),
     "data": Study(
         "how many distinct requests are needed (shares of those that the training draws)",
         {name: npedit(pool=Share(share)) for name, share in (("1 %", 0.01), ("50 %", 0.5), ("100 %", 1.0))},
@@ -397,6 +438,18 @@ def short_hash(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
+def find_role(value, models: Mapping[str, str]):
+    """A setting, the roles in it replaced by their models' folders."""
+    if isinstance(value, tuple):
+        return tuple(find_role(v, models) for v in value)
+    return models[value] if isinstance(value, Role) else value
+
+
+def name_of(value: str | tuple[str, ...], known: Mapping[str, str]) -> str | list[str]:
+    """What identifies the models of a setting: the training that is to make them, or their weights."""
+    return [name_of(v, known) for v in value] if isinstance(value, tuple) else known.get(value) or digest(value)
+
+
 def prepare(plan: Plan, arm: str, seed: int) -> list[Task]:
     """An arm's trainings, in order. What one gives, the next start from."""
     models, known, tasks = dict(plan.models), {}, []
@@ -405,14 +458,15 @@ def prepare(plan: Plan, arm: str, seed: int) -> list[Task]:
         share = part.share * plan.factors.get(arm, 1.0)
         updates = max(1, round(share * plan.updates)) if part.updates is None else (2 if plan.tier == "smoke" or plan.pilot else part.updates)
         names = {f.name for f in dataclasses.fields(config_class)}
-        given = {k: v for k, v in models.items() if k in names} | plan.overrides.get(part.stage, {}) | dict(part.settings)
+        settings = {k: find_role(v, models) for k, v in part.settings.items()}
+        given = {k: v for k, v in models.items() if k in names} | plan.overrides.get(part.stage, {}) | settings
         if plan.tier != "smoke" and "softener" in names:
             given.setdefault("softener", models["teacher"])
         given |= {"seed": seed, "steps": updates} | ({} if plan.tier == "smoke" else {"save_every": 100})
         draws = updates * config_class.make(plan.tier, **{k: v for k, v in given.items() if not isinstance(v, Share)}).batch
         given = {k: max(1, round(v * draws)) if isinstance(v, Share) else v for k, v in given.items()}
         config = config_class.make(plan.tier, **given)
-        starts = {k: known.get(v) or digest(v) for k in PATHS if (v := getattr(config, k, None))}
+        starts = {k: name_of(v, known) for k in PATHS if (v := getattr(config, k, None))}
         settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in (*PATHS, "out", "save_every")}
         key = short_hash([part.stage, settings, starts])
         out = Path(plan.runs) / f"{part.stage}-{key}"
@@ -462,9 +516,9 @@ def pilot_cost(plan: Plan, arm: str) -> float:
 
 def cell_key(plan: Plan, arm: str, seed: int) -> str:
     """Identifies a cell's result: its trainings, how its student is used, who is asked what he thinks of it."""
-    ways = {way: WAYS[way] for way in find(plan.name).arms[arm].ways}
+    chosen = find(plan.name).arms[arm]
     trained = [t.key for t in prepare(plan, arm, seed)] or [digest(plan.models["teacher"]), seed]
-    return short_hash([trained, ways, plan.n, digest(plan.models["judge"])])
+    return short_hash([trained, {way: WAYS[way] for way in chosen.ways}, chosen.watched, plan.n, *(digest(plan.models[role]) for role in JUDGES)])
 
 
 def slug(text: str) -> str:
@@ -489,15 +543,30 @@ def finished(plan: Plan, arm: str, seed: int) -> dict | None:
 Watch = Callable[[str, object], None]  # (what is trained, engine.Step)
 
 
-def train(task: Task, watch: Watch | None = None) -> dict:
-    """Train, or take what is there. Returns what it cost, over all interruptions."""
+def times(task: Task, watched: int) -> list[int]:
+    """Updates after which a watched student is kept, besides its last."""
+    return sorted({round(task.config.steps * k / watched) for k in range(1, watched)} - {0, task.config.steps})
+
+
+def kept(task: Task, updates: int) -> Path:
+    return Path(task.config.out) / f"after-{updates}.safetensors"
+
+
+def train(task: Task, watch: Watch | None = None, keep: Sequence[int] = ()) -> dict:
+    """Train, or take what is there. Returns what it cost, over all interruptions. The averaged weights after `keep` updates stay beside the
+    model; a training that is done and lacks them is made again."""
     out = Path(task.config.out)
     file = out / "cost.json"
+    if not all(kept(task, k).is_file() for k in keep) and (out / "model").is_dir():
+        shutil.rmtree(out)
     cost = json.loads(file.read_text()) if file.is_file() else {"done": False, "calls": 0, "cpu_seconds": 0.0, "seconds": 0.0, "skipped": 0}
     if cost["done"] and (out / "model" / "config.json").is_file():
         return cost
+    config = dataclasses.replace(task.config, save_every=math.gcd(task.config.save_every, *keep))
     cpu, wall = time.process_time(), time.perf_counter()
-    for step in STAGES[task.stage][1](task.config):
+    for step in STAGES[task.stage][1](config):
+        if step.index - 1 in keep:  # an update's checkpoint is written when the next is asked for
+            shutil.copy(out / "checkpoint" / "model.ema.safetensors", kept(task, step.index - 1))
         now, then = time.process_time(), time.perf_counter()
         cost |= {"cpu_seconds": cost["cpu_seconds"] + now - cpu, "seconds": cost["seconds"] + then - wall}
         cost |= {"calls": cost["calls"] + int(step.metrics.get("calls", 0)), "skipped": cost["skipped"] + int(step.skipped)}
@@ -511,23 +580,46 @@ def train(task: Task, watch: Watch | None = None) -> dict:
     return cost
 
 
-def use(model, judge, n: int, seed: int, shift: float, way: Mapping) -> dict:
-    """Oracle metrics of a model used in one way, on the first `n` held-out requests, with its calls and CPU-seconds per edit.
-    `seed` is of an untrained editor's noise; trained ones differ by their training."""
+def use(model, judge, held_out_judge, n: int, seed: int, shift: float, way: Mapping) -> dict:
+    """Oracle metrics of a model used in one way, on the first `n` held-out requests, what both judges think of them, and its calls and
+    CPU-seconds per edit. `seed` is of an untrained editor's noise; trained ones differ by their training."""
     from vlmedit import training_free
     from vlmedit.data import held_out
-    from vlmedit.evaluate import evaluate_student, judge_by_oracle, summary
+    from vlmedit.evaluate import ask_judge, evaluate_student, judge_by_oracle, summary
     from vlmedit.world.edits import EDIT_TYPES
 
     began = time.process_time()
     if "editor" in way:
         way, examples = {"guidance": 2.0, **way}, held_out(n, 0, EDIT_TYPES)
-        metrics = summary(judge_by_oracle(examples, *training_free.edit_by_captions(model, examples, seed=seed, **way)), judge) | {"n": n}
-        calls = training_free.calls(**way)
+        judged = judge_by_oracle(examples, *training_free.edit_by_captions(model, examples, seed=seed, **way))
+        metrics, calls = summary(judged, judge) | {"n": n}, training_free.calls(**way)
     else:
-        metrics, _ = evaluate_student(model, judge, n, 0, shift=shift, **way)
+        metrics, judged = evaluate_student(model, judge, n, 0, shift=shift, **way)
         calls = way["steps"] * way.get("particles", 1)
-    return {**metrics, "calls_per_edit": calls, "use_cpu_seconds": time.process_time() - began}
+    spent = time.process_time() - began
+    believed = ask_judge(held_out_judge, judged.examples, judged.reference, judged.output).mean().item()
+    return {**metrics, "held_out_gap": believed - metrics["success"], "calls_per_edit": calls, "use_cpu_seconds": spent}
+
+
+def measure(plan: Plan, arm: Arm, tasks: Sequence[Task], seed: int) -> dict[str, dict]:
+    """What comes of an arm's student, for each way of using it and each time that it was kept."""
+    from vlmedit.models.dit import DiT
+    from vlmedit.models.judge import JudgeModel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    load = lambda kind, folder: kind.from_pretrained(folder).eval().to(device)
+    model = load(DiT, Path(tasks[-1].config.out) / "model" if tasks else plan.models["teacher"])
+    judges = [load(JudgeModel, plan.models[role]) for role in JUDGES]
+    shift = getattr(tasks[-1].config, "sampler_shift", 1.0) if tasks else 1.0
+    found, before = {}, student_updates(tasks[:-1])
+    if arm.watched > 1:
+        last = {k: v.clone() for k, v in model.state_dict().items()}
+        for k in times(tasks[-1], arm.watched):
+            model.load_state_dict(load_file(kept(tasks[-1], k)))
+            found |= {f"{way} after {before + k}": use(model, *judges, plan.n, seed, shift, WAYS[way]) for way in arm.ways}
+        model.load_state_dict(last)
+    end = f" after {student_updates(tasks)}" if arm.watched > 1 else ""
+    return found | {f"{way}{end}": use(model, *judges, plan.n, seed, shift, WAYS[way]) for way in arm.ways}
 
 
 def student_updates(tasks: Iterable[Task]) -> int:
@@ -536,23 +628,16 @@ def student_updates(tasks: Iterable[Task]) -> int:
 
 def run_cell(plan: Plan, arm: str, seed: int, watch: Watch | None = None) -> dict:
     """Train and measure one cell and write its record. An exception is a record too; only an interruption ends the study."""
-    from vlmedit.models.dit import DiT
-    from vlmedit.models.judge import JudgeModel
-
-    tasks = prepare(plan, arm, seed)
+    tasks, chosen = prepare(plan, arm, seed), find(plan.name).arms[arm]
     record = {"study": plan.name, "arm": arm, "seed": seed, "tier": plan.tier, "updates": student_updates(tasks)}
     record["trainings"] = [{"stage": t.stage, "key": t.key, "config": {k: v for k, v in dataclasses.asdict(t.config).items() if k not in (*PATHS, "out")}} for t in tasks]
     try:
-        costs = [train(task, watch) for task in tasks]
+        costs = [train(task, watch, times(task, chosen.watched) if task is tasks[-1] else ()) for task in tasks]
         student = [(t, c) for t, c in zip(tasks, costs) if t.stage != "judge"]
         record |= {"calls": sum(c["calls"] for _, c in student), "cpu_seconds": sum(c["cpu_seconds"] for _, c in student)}
         record |= {"seconds": sum(c["seconds"] for c in costs), "skipped": sum(c["skipped"] for c in costs)}
         record["judge_cpu_seconds"] = sum(c["cpu_seconds"] for t, c in zip(tasks, costs) if t.stage == "judge")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = DiT.from_pretrained(Path(tasks[-1].config.out) / "model" if tasks else plan.models["teacher"]).eval().to(device)
-        judge = JudgeModel.from_pretrained(plan.models["judge"]).eval().to(device)
-        shift = getattr(tasks[-1].config, "sampler_shift", 1.0) if tasks else 1.0
-        record |= {"ways": {way: use(model, judge, plan.n, seed, shift, WAYS[way]) for way in find(plan.name).arms[arm].ways}, "ok": True}
+        record |= {"ways": measure(plan, chosen, tasks, seed), "ok": True}
     except Exception as error:  # whatever it is: the other arms go on, and the report says it
         record |= failure(error)
     save_json(record, cell_file(plan, arm, seed))
@@ -608,7 +693,7 @@ def run(plan: Plan, jobs: int = 1, watch: Watch | None = None) -> Iterator[tuple
 
 # --- what came out
 
-FIGURES = ("success", "done", "kept", "on_manifold", "keep_psnr", "manifold_psnr", "p_edit", "p_identity", "hacking_gap")
+FIGURES = ("success", "done", "kept", "on_manifold", "keep_psnr", "manifold_psnr", "p_edit", "p_identity", "hacking_gap", "held_out_gap", "calibration")
 COSTS = ("calls", "cpu_seconds", "judge_cpu_seconds", "skipped")
 IN_USE = ("calls_per_edit", "use_cpu_seconds", "n")
 
@@ -621,6 +706,7 @@ def rows_of(cell: Mapping) -> list[dict]:
         row = {"arm": name, "seed": cell["seed"], "updates": cell["updates"], **{k: cell[k] for k in COSTS if k in cell}}
         row |= {k: m[k] for k in (*FIGURES, *IN_USE) if k in m}
         row |= {"p_edit": m["judge_p_yes"]["edit"], "p_identity": m["judge_p_yes"]["identity"]}
+        row["calibration"] = sum(m["calibration_error"].values()) / len(m["calibration_error"])
         rows.append(row | {f"success_{kind}": value for kind, value in m["success_by_type"].items()})
     return rows
 
@@ -683,7 +769,8 @@ def write_tables(plan: Plan) -> dict:
 
 
 def draw(result: Mapping, path: Path) -> Path:
-    """Dots with errors per arm: success; done and kept; distance to the manifold; what it cost."""
+    """Dots with errors per arm: success; done and kept; what the judges believe beyond it; distance to the manifold; what it cost; and
+    success by edit type."""
     from matplotlib.figure import Figure
 
     from vlmedit.show import BAD, GOOD, save
@@ -693,11 +780,13 @@ def draw(result: Mapping, path: Path) -> Path:
     panels = [
         ("success", [("success", GOOD, "o")]),
         ("edit done, rest kept", [("done", GOOD, "o"), ("kept", BAD, "s")]),
+        ("belief - success", [("hacking_gap", BAD, "o"), ("held_out_gap", "#999999", "D")]),
         ("manifold-PSNR, dB", [("manifold_psnr", GOOD, "o")]),
         ("CPU-seconds", [("cpu_seconds", GOOD, "o")]),
     ]
-    figure = Figure(figsize=(11, 1.3 + 0.36 * len(arms)))
-    axes = figure.subplots(1, len(panels), sharey=True)
+    kinds = [k.removeprefix("success_") for k in arms[0] if k.startswith("success_") and not k.endswith("_se")]
+    figure = Figure(figsize=(15, 1.6 + 0.36 * len(arms)))
+    *axes, by_type = figure.subplots(1, len(panels) + 1, sharey=True, width_ratios=[1] * len(panels) + [1.6])
     for axis, (title, series) in zip(axes, panels):
         for key, color, mark in series:
             errors = [a.get(f"{key}_se", 0.0) for a in arms]
@@ -706,6 +795,13 @@ def draw(result: Mapping, path: Path) -> Path:
         axis.grid(alpha=0.3)
         if len(series) > 1:
             axis.legend(fontsize=7)
+    by_type.imshow([[a[f"success_{k}"] for k in kinds] for a in arms], vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    for i, a in enumerate(arms):
+        for j, kind in enumerate(kinds):
+            value = a[f"success_{kind}"]
+            by_type.text(j, i, f"{value:.2f}".lstrip("0"), ha="center", va="center", fontsize=7, color="black" if value > 0.5 else "white")
+    by_type.set_xticks(range(len(kinds)), kinds, rotation=40, fontsize=7)
+    by_type.set_title("success by type", fontsize=9)
     axes[0].set_yticks(range(len(arms)), names, fontsize=8)
     axes[0].invert_yaxis()
     best = max(arms, key=lambda a: a["success"])
