@@ -353,6 +353,18 @@ def test_the_judge_s_choice_among_samples_pleases_it_more(models):
         edit_examples(student, examples, particles=4)
 
 
+def test_noise_that_pleases_the_judge_is_found(models):
+    """ReNO: more P(yes) than its start, which is a single call; no weight gathers a gradient; nobody to please and several calls are refused."""
+    student, judge, examples = tiny_dit(1), tiny_judge(3), held_out(16, 0, EDIT_TYPES)
+    pleased = lambda **given: ask_judge(judge, examples, *edit_examples(student, examples, steps=1, **given)).log().mean().item()
+    assert pleased(judge=judge, noise_steps=15) > pleased() + 1e-3
+    assert all(p.grad is None for p in (*student.parameters(), *judge.parameters()))
+    assert study.use(student, judge, judge, 8, 0, 1.0, study.WAYS["ReNO"])["calls_per_edit"] == 21
+    for given, message in ((dict(steps=1, noise_steps=2), "no judge says where to"), (dict(steps=4, noise_steps=2, judge=judge), "the noise of one call")):
+        with pytest.raises(ValueError, match=message):
+            edit_examples(student, examples, **given)
+
+
 # --- the table's arithmetic and the scripts that use it
 
 

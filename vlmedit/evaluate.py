@@ -26,7 +26,7 @@ from vlmedit.models.judge import JudgeModel
 from vlmedit.models.text import encode
 from vlmedit.schooling import lesson
 from vlmedit.scores import calibration_error
-from vlmedit.search import steer
+from vlmedit.search import optimise_noise, steer
 from vlmedit.train.judge import attack, yes_no_losses
 from vlmedit.world.edits import EDIT_TYPES
 from vlmedit.world.language import caption, edit_question, identity_question
@@ -54,12 +54,15 @@ class Judged:
 @torch.no_grad()
 def edit_examples(
     student: DiT, examples: Sequence[Example], steps: int = 4, seed: int = 0, sampler: str = "renoise", shift: float = 1.0, batch: int = 64,
-    judge: JudgeModel | None = None, particles: int = 1, strength: float = 0.0,
+    judge: JudgeModel | None = None, particles: int = 1, strength: float = 0.0, noise_steps: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """References and outputs (N, 3, S, S) of a student on held-out requests. With several `particles`, each output is the one that
-    `judge` likes best, steered to it by `strength` (search.steer; 0 is best-of-N)."""
-    if particles > 1 and judge is None:
-        raise ValueError(f"particles is {particles}, and no judge chooses among them; pass one")
+    `judge` likes best, steered to it by `strength` (search.steer; 0 is best-of-N). With `noise_steps` a single call's noise descends the
+    judge's loss so often (search.optimise_noise, ReNO)."""
+    if (particles > 1 or noise_steps) and judge is None:
+        raise ValueError(f"particles is {particles}, and no judge chooses among them; pass one" if particles > 1 else f"noise_steps is {noise_steps}, and no judge says where to; pass one")
+    if noise_steps and (steps > 1 or particles > 1):
+        raise ValueError(f"noise_steps is {noise_steps} with steps {steps} and particles {particles}; the search is for the noise of one call: leave both at 1")
     side, device = student.config.side, next(student.parameters()).device
     references, outputs = [], []
     generator = torch.Generator().manual_seed(seed)
@@ -67,10 +70,11 @@ def edit_examples(
         part = examples[i : i + batch]
         reference = render([e.scene for e in part], side).to(device)
         text = student.encode_text(encode([e.instruction for e in part], TEXT_LENGTH).to(device))
-        clean = student.config.reference_time == "clean"
-        given = student.encode_reference(reference, text) if clean else reference
+        given = student.hold_reference(reference, text)
         times = flow.few_step_times(steps, shift)
-        if particles > 1:
+        if noise_steps:
+            output = descended(student, judge, part, reference, text, generator, times, noise_steps)
+        elif particles > 1:
             output = searched(student, judge, part, reference, text, generator, times, particles, strength, sampler)
         else:
             noise = torch.randn(reference.shape, generator=generator).to(device)
@@ -84,10 +88,21 @@ def searched(student, judge, examples, reference, text, generator, times, partic
     """The judge's favorites among `particles` samples of each request."""
     many = lambda part: part.repeat_interleave(particles, 0)
     asked, before, text = [e for e in examples for _ in range(particles)], many(reference), many(text)
-    given = student.encode_reference(before, text) if student.config.reference_time == "clean" else before
+    given = student.hold_reference(before, text)
     noise = torch.randn(before.shape, generator=generator).to(before.device)
     reward = lambda pictures: ask_judge(judge, asked, before, pictures.clamp(-1, 1)).clamp(min=1e-12).log().sum(0).to(before.device)
     return steer(lambda x, t: student(x, t, text, given), reward, noise, times, particles, strength, sampler, generator)
+
+
+def descended(student, judge, examples, reference, text, generator, times, noise_steps: int) -> Tensor:
+    """One call's pictures from the noises that please the judge."""
+    given = student.hold_reference(reference, text)
+    generate = lambda noise: flow.to_x0(noise, student(noise, noise.new_full((len(noise),), times[0]), text, given), times[0])
+    loss = lambda pictures: -right_answers(judge, examples, reference, pictures.clamp(-1, 1)).clamp(min=1e-12).log().sum(0)
+    noise = torch.randn(reference.shape, generator=generator).to(reference.device)
+    with torch.enable_grad():
+        *_, last = optimise_noise(generate, loss, noise, noise_steps)
+    return last.pictures
 
 
 def judge_by_oracle(examples: list[Example], reference: Tensor, output: Tensor) -> Judged:
@@ -110,25 +125,28 @@ class _Questions:
     identity_question: Tensor
 
 
+def right_answers(judge: JudgeModel, examples: Sequence[Example], reference: Tensor, output: Tensor) -> Tensor:
+    """The judge's probability of the right answer, (2, B), with its gradient by the output: edit and identity question."""
+    device = judge.device
+    questions = [edit_question(e.edit, e.instruction) for e in examples]
+    identity = [identity_question(e.edit, e.instruction).text for e in examples]
+    rows = _Questions(
+        reference.to(device),
+        encode([q.text for q in questions], TEXT_LENGTH).to(device),
+        torch.tensor([float(q.answer) for q in questions], device=device),
+        torch.tensor([float(q.pair) for q in questions], device=device),
+        encode(identity, TEXT_LENGTH).to(device),
+    )
+    logits, answers, _ = answer_logits(judge, rows, output.to(device))
+    margin = logits[:, judge.config.yes_token_id] - logits[:, judge.config.no_token_id]
+    return (margin * (2 * answers - 1)).sigmoid().unflatten(0, (2, -1))
+
+
 @torch.no_grad()
 def ask_judge(judge: JudgeModel, examples: Sequence[Example], reference: Tensor, output: Tensor, batch: int = 128) -> Tensor:
-    """The judge's probability of the right answer, (2, N): edit and identity question."""
-    parts = []
-    for i in range(0, len(examples), batch):
-        part, device = examples[i : i + batch], judge.device
-        questions = [edit_question(e.edit, e.instruction) for e in part]
-        identity = [identity_question(e.edit, e.instruction).text for e in part]
-        rows = _Questions(
-            reference[i : i + batch].to(device),
-            encode([q.text for q in questions], TEXT_LENGTH).to(device),
-            torch.tensor([float(q.answer) for q in questions], device=device),
-            torch.tensor([float(q.pair) for q in questions], device=device),
-            encode(identity, TEXT_LENGTH).to(device),
-        )
-        logits, answers, _ = answer_logits(judge, rows, output[i : i + batch].to(device))
-        margin = logits[:, judge.config.yes_token_id] - logits[:, judge.config.no_token_id]
-        parts.append((margin * (2 * answers - 1)).sigmoid().unflatten(0, (2, -1)).cpu())
-    return torch.cat(parts, 1)
+    """The same without gradient for any number of edits, (2, N), on the CPU."""
+    parts = [slice(i, i + batch) for i in range(0, len(examples), batch)]
+    return torch.cat([right_answers(judge, examples[part], reference[part], output[part]).cpu() for part in parts], 1)
 
 
 def summary(judged: Judged, judge: JudgeModel | None) -> dict:
@@ -157,13 +175,13 @@ def summary(judged: Judged, judge: JudgeModel | None) -> dict:
 
 def evaluate_student(
     student: DiT, judge: JudgeModel | None, n: int = 512, seed: int = 0, steps: int = 4, kinds: Sequence[str] = EDIT_TYPES, sampler: str = "renoise",
-    shift: float = 1.0, particles: int = 1, strength: float = 0.0,
+    shift: float = 1.0, particles: int = 1, strength: float = 0.0, noise_steps: int = 0,
 ) -> tuple[dict, Judged]:  # fmt: skip
     """Oracle metrics of a student on `n` held-out requests, types in turn, and the judged outputs. With several `particles` the judge
     chooses among them (see `edit_examples`)."""
     began = time.perf_counter()
     examples = held_out(n, seed, kinds)
-    search = dict(judge=judge, particles=particles, strength=strength) if particles > 1 else {}
+    search = dict(judge=judge, particles=particles, strength=strength, noise_steps=noise_steps) if particles > 1 or noise_steps else {}
     judged = judge_by_oracle(examples, *edit_examples(student, examples, steps, seed, sampler, shift, **search))
     metrics = summary(judged, judge)
     metrics.update(n=n, seed=seed, steps=steps, sampler=sampler, seconds=round(time.perf_counter() - began, 2))

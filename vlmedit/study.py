@@ -124,6 +124,7 @@ WAYS = {
     "best of 8": dict(steps=4, particles=8),
     "FK of 4": dict(steps=4, particles=4, strength=1.0),
     "FK of 8": dict(steps=4, particles=8, strength=1.0),
+    "ReNO": dict(steps=1, noise_steps=20),
     **{f"from {t}": dict(editor="sdedit", start=t, steps=15) for t in (0.4, 0.6, 0.8)},
     **{f"back to {t}": dict(editor="inversion", start=t, steps=15, iterations=3) for t in (0.6, 0.8, 1.0)},
     **{f"through {t}": dict(editor="flowedit", start=t, steps=15) for t in (0.6, 0.8, 1.0)},
@@ -272,7 +273,7 @@ STUDIES: dict[str, Study] = {
     "shift": Study("the schedule's shift towards noise, in training and use", {str(s): npedit(sampler_shift=float(s)) for s in (1, 2, 3, 6)}),
     "search": Study(
         "what the judge gives in use, without any training for it",
-        {"NP-Edit": npedit(("4 steps", "best of 4", "best of 8", "FK of 4", "FK of 8"))},
+        {"NP-Edit": npedit(("1 step", "4 steps", "best of 4", "best of 8", "FK of 4", "FK of 8", "ReNO"))},
     ),
     "training_free": Study(
         "how far the teacher comes without any training, given both captions",
@@ -595,7 +596,7 @@ def use(model, judge, held_out_judge, n: int, seed: int, shift: float, way: Mapp
         metrics, calls = summary(judged, judge) | {"n": n}, training_free.calls(**way)
     else:
         metrics, judged = evaluate_student(model, judge, n, 0, shift=shift, **way)
-        calls = way["steps"] * way.get("particles", 1)
+        calls = way["steps"] * way.get("particles", 1) * (1 + way.get("noise_steps", 0))
     spent = time.process_time() - began
     believed = ask_judge(held_out_judge, judged.examples, judged.reference, judged.output).mean().item()
     return {**metrics, "held_out_gap": believed - metrics["success"], "calls_per_edit": calls, "use_cpu_seconds": spent}
