@@ -111,6 +111,27 @@ def arms_table(arms: dict, updates: int) -> str:
     return f"### Arms at {updates} updates\n\n{said}\n\n{table(head, rows)}"
 
 
+def studies_tables() -> str:
+    """What `vlmedit study` has measured so far, a table and a plot for each study."""
+    from vlmedit.study import EQUAL, STUDIES
+
+    parts = []
+    for name in STUDIES:
+        path = RESULTS / "studies" / name / "table.json"
+        if not path.is_file():
+            continue
+        found, rows = json.loads(path.read_text()), []
+        for row in found["arms"]:
+            share = lambda key, row=row: f"{row[key]:.2f}" + (f" ({row[f'{key}_se']:.2f})" if f"{key}_se" in row else "")
+            success = f"{row['success']:.3f} ({row['success_se']:.3f})"
+            spent = [f"{row['updates']:,}", f"{row['calls'] / 1000:,.0f}", f"{row['cpu_seconds']:,.0f}"]
+            rows.append([row["arm"], str(len(row["seeds"])), *spent, success, *(share(k) for k in ("done", "kept", "on_manifold")), f"{row['manifold_psnr']:.1f}", *(share(k) for k in ("hacking_gap", "held_out_gap", "calibration"))])
+        head = ["arm", "seeds", "updates", "calls, thousand", "CPU-s", "success", "done", "kept", "on manifold", "manifold-PSNR", "gap", "gap, held-out judge", "calibration error"]
+        said = f"{found['question'][0].upper()}{found['question'][1:]}. {found['n']} held-out edits, equal {EQUAL[found['equal']]} (`vlmedit study {name} --updates {found['updates']}`; [plot](results/studies/{name}/plot.png), success by edit type in it)."
+        parts.append(f"### Study: {name}\n\n{said}\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
 def asking_table() -> str:
     """What judge and teacher know before anybody is trained with them (papers/asking.py)."""
     found = read("asking")
@@ -283,7 +304,7 @@ def claims_table() -> str:
 
 def blocks() -> dict[Path, str]:
     """The text between the markers of each page."""
-    short, long = [editor_table(), other_table()], [editor_table(), other_table(), claims_table(), asking_table(), arms_tables()]
+    short, long = [editor_table(), other_table()], [editor_table(), other_table(), claims_table(), studies_tables(), asking_table(), arms_tables()]
     return {page: "\n\n".join(part for part in parts if part) for page, parts in zip(PAGES, (short, long))}
 
 

@@ -165,7 +165,8 @@ def test_a_study_trains_measures_and_writes_its_table(make, tmp_path):
         mine = table[table["arm"] == row["arm"]]
         assert row["seeds"] == [0, 1] and row["updates"] == 2
         for key in ("success", "kept", "keep_psnr", "manifold_psnr", "hacking_gap"):
-            assert row[key] == pytest.approx(mine[key].mean()) and row[f"{key}_se"] == pytest.approx(mine[key].std() / 2**0.5)
+            least = (mine[key].mean() * (1 - mine[key].mean()) / 16) ** 0.5 if key in study.SHARES else 0
+            assert row[key] == pytest.approx(mine[key].mean()) and row[f"{key}_se"] == pytest.approx(max(mine[key].std() / 2**0.5, least))
     for cell, _ in records:
         steps = cell["trainings"][0]["config"]
         straight = list(train_npedit(study.STAGES["npedit"][0](**{**steps, "out": str(tmp_path / f"check-{cell['arm']}-{cell['seed']}"), "betas": tuple(steps["betas"])}, **{k: plan.models[k] for k in ("teacher", "judge", "student")})))
@@ -368,10 +369,12 @@ def test_noise_that_pleases_the_judge_is_found(models):
 # --- the table's arithmetic and the scripts that use it
 
 
-def test_one_seed_has_the_binomial_error_of_success_alone():
-    row = {"arm": "a", "seed": 0, "updates": 2, "n": 100, "calls": 5, "success": 0.2, "kept": 0.5}
-    (entry,) = study.summarize([row])
-    assert entry["success_se"] == pytest.approx((0.2 * 0.8 / 100) ** 0.5) and "kept_se" not in entry and entry["calls"] == 5
+def test_errors_are_over_seeds_and_never_below_those_over_requests():
+    """One seed of 100 edits, success .2: the binomial .04, and PSNR none. Two that agree: .04 / sqrt 2. Two far apart: half their distance."""
+    row = lambda seed, success: {"arm": "a", "seed": seed, "updates": 2, "n": 100, "calls": 5, "success": success, "keep_psnr": 30.0 + seed}
+    one, alike, apart = (study.summarize([row(i, s) for i, s in enumerate(given)])[0] for given in ((0.2,), (0.2, 0.2), (0.1, 0.3)))
+    assert one["success_se"] == pytest.approx(0.04) and "keep_psnr_se" not in one and one["calls"] == 5
+    assert alike["success_se"] == pytest.approx(0.04 / 2**0.5) and alike["keep_psnr_se"] == pytest.approx(0.5) and apart["success_se"] == pytest.approx(0.1)
 
 
 def test_the_list_names_every_study_and_arm(capsys, tmp_path):

@@ -19,7 +19,8 @@ Whatever an arm does not say is the tier's configuration, from the shipped warm 
 * A student that is `watched` is measured several times on its way, so that a judge's word can be seen to come apart from the oracle's. What
   a judge believes is compared with the oracle three ways: on average (`hacking_gap`), answer by answer (`calibration`, the expected
   calibration error), and against the belief of a held-out judge that taught nobody (`held_out_gap`).
-* Errors are standard errors over seeds; with one seed, of success over requests (binomial) and of nothing else.
+* Errors are standard errors over seeds, of shares of edits never below that over requests (binomial): two seeds may agree by luck. With one
+  seed shares alone have one.
 
 This module measures by the oracle: no trainer may import it.
 """
@@ -695,6 +696,7 @@ def run(plan: Plan, jobs: int = 1, watch: Watch | None = None) -> Iterator[tuple
 # --- what came out
 
 FIGURES = ("success", "done", "kept", "on_manifold", "keep_psnr", "manifold_psnr", "p_edit", "p_identity", "hacking_gap", "held_out_gap", "calibration")
+SHARES = FIGURES[:4]
 COSTS = ("calls", "cpu_seconds", "judge_cpu_seconds", "skipped")
 IN_USE = ("calls_per_edit", "use_cpu_seconds", "n")
 
@@ -727,10 +729,10 @@ def cells(plan: Plan) -> list[dict]:
 
 
 def error_of(values, n: int) -> float | None:
-    """Standard error of a mean over seeds; of one success rate, over its n requests."""
-    if len(values) > 1:
-        return float(values.std(ddof=1) / len(values) ** 0.5)
-    return float((values.mean() * (1 - values.mean()) / n) ** 0.5) if values.name == "success" else None
+    """Standard error of a mean over seeds; of shares of n edits each at least the binomial one; None for one seed of anything else."""
+    over_seeds = [float(values.std(ddof=1) / len(values) ** 0.5)] if len(values) > 1 else []
+    over_edits = [float((values.mean() * (1 - values.mean()) / (n * len(values))) ** 0.5)] if values.name in SHARES else []
+    return max(over_seeds + over_edits, default=None)
 
 
 def summarize(rows: Sequence[Mapping]) -> list[dict]:
