@@ -16,6 +16,7 @@ rounded to half precision in between, as it was when the networks saw it.
 import torch
 from torch import Tensor
 from vlmedit.kernels.dispatch import accumulator, cdiv, launch, power_of_2, same_kind, shaped, tl, triton, use_triton, wide
+from vlmedit.kernels.sampler import guided_velocity
 
 from vlmedit.dmd import NORMS, dmd_gradient
 from vlmedit.dmd import dmd_loss as surrogate
@@ -34,16 +35,20 @@ def dmd_gradient_reference(x: Tensor, eps: Tensor, t: Tensor, cond: Tensor, unco
 
 
 @triton.jit
+def finite(value, largest):
+    """torch.nan_to_num: nothing for a NaN, the largest number for an infinite one."""
+    value = tl.where(value == value, value, 0.0)
+    return tl.minimum(tl.maximum(value, -largest), largest)
+
+
+@triton.jit
 def _errors(x, eps, cond, uncond, parts, guidance, size, blocks, GUIDED: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """Sum of |v_real - (eps - x)| over one block of one sample."""
     i, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = i * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     at += b * size
-    real = tl.load(cond + at, mask=inside, other=0.0).to(ACC)
-    if GUIDED:
-        free = tl.load(uncond + at, mask=inside, other=0.0).to(ACC)
-        real = free + guidance * (real - free)
+    real = guided_velocity(cond, uncond, at, inside, guidance, GUIDED, ACC)
     error = real - tl.load(eps + at, mask=inside, other=0.0).to(ACC) + tl.load(x + at, mask=inside, other=0.0).to(ACC)
     tl.store(parts + b * blocks + i, tl.sum(tl.abs(error), 0))
 
@@ -58,13 +63,9 @@ def _by_sample(cond, uncond, fake, t, error, gradient, parts, guidance, floor, l
     time = tl.load(t + b).to(ACC)
     scale = time * tl.load(error + b)
     scale = tl.where(scale < floor, floor, scale)  # keeps a NaN, which tl.maximum would hide
-    real = tl.load(cond + at, mask=inside, other=0.0).to(ACC)
-    if GUIDED:
-        free = tl.load(uncond + at, mask=inside, other=0.0).to(ACC)
-        real = free + guidance * (real - free)
+    real = guided_velocity(cond, uncond, at, inside, guidance, GUIDED, ACC)
     pull = time * (real - tl.load(fake + at, mask=inside, other=0.0).to(ACC)) / scale
-    pull = tl.where(pull == pull, pull, 0.0)  # nan_to_num
-    pull = tl.minimum(tl.maximum(pull, -largest), largest)
+    pull = finite(pull, largest)
     tl.store(gradient + at, pull.to(gradient.dtype.element_ty), mask=inside)
     tl.store(parts + b * blocks + i, tl.sum(pull * pull, 0))
 
@@ -81,16 +82,12 @@ def _by_pixel(
     inside = (channel < channels)[:, None] & (pixel < pixels)[None, :]
     at = b * channels * pixels + channel[:, None] * pixels + pixel[None, :]
     time = tl.load(t + b).to(ACC)
-    real = tl.load(cond + at, mask=inside, other=0.0).to(ACC)
-    if GUIDED:
-        free = tl.load(uncond + at, mask=inside, other=0.0).to(ACC)
-        real = free + guidance * (real - free)
+    real = guided_velocity(cond, uncond, at, inside, guidance, GUIDED, ACC)
     error = real - tl.load(eps + at, mask=inside, other=0.0).to(ACC) + tl.load(x + at, mask=inside, other=0.0).to(ACC)
     scale = time * tl.sum(tl.abs(error), 0) / channels
     scale = tl.where(scale < floor, floor, scale)  # keeps a NaN, which tl.maximum would hide
     pull = time * (real - tl.load(fake + at, mask=inside, other=0.0).to(ACC)) / scale[None, :]
-    pull = tl.where(pull == pull, pull, 0.0)  # nan_to_num
-    pull = tl.minimum(tl.maximum(pull, -largest), largest)
+    pull = finite(pull, largest)
     tl.store(gradient + at, pull.to(gradient.dtype.element_ty), mask=inside)
     tl.store(parts + b * blocks + i, tl.sum(tl.sum(pull * pull, 0), 0))
 

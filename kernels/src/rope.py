@@ -45,6 +45,18 @@ def norm_rope_reference(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps
 
 
 @triton.jit
+def partners(pair, pairs, INTERLEAVED: tl.constexpr):
+    """Where the two values of each pair lie in a row: side by side, or half a row apart."""
+    if INTERLEAVED:
+        first = 2 * pair
+        second = 2 * pair + 1
+    else:
+        first = pair
+        second = pair + pairs
+    return first, second
+
+
+@triton.jit
 def _forward(
     x, weight, cos, sin, out, rstd, rows, heads, tokens, pairs, eps, x_b, x_h, x_n, cos_n, sin_n,
     INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr,
@@ -55,12 +67,7 @@ def _forward(
     n = row % tokens
     h = (row // tokens) % heads
     b = row // (tokens * heads)
-    if INTERLEAVED:
-        a_at = 2 * pair
-        b_at = 2 * pair + 1
-    else:
-        a_at = pair
-        b_at = pair + pairs
+    a_at, b_at = partners(pair, pairs, INTERLEAVED)
     wanted = pair < pairs
     inside = (row < rows)[:, None] & wanted[None, :]
     start = (b * x_b + h * x_h + n * x_n)[:, None]
@@ -85,12 +92,7 @@ def _backward(
     """Each program takes every `programs`-th tile of `ROWS` rows and sums the weight's gradient over them."""
     p = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, PAIRS)
-    if INTERLEAVED:
-        a_at = 2 * pair
-        b_at = 2 * pair + 1
-    else:
-        a_at = pair
-        b_at = pair + pairs
+    a_at, b_at = partners(pair, pairs, INTERLEAVED)
     wanted = pair < pairs
     wa = tl.load(weight + a_at, mask=wanted, other=0.0).to(ACC)[None, :]
     wb = tl.load(weight + b_at, mask=wanted, other=0.0).to(ACC)[None, :]

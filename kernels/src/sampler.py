@@ -24,16 +24,23 @@ def guided_step_reference(x: Tensor, cond: Tensor, uncond: Tensor | None, noise:
 
 
 @triton.jit
+def guided_velocity(cond, uncond, at, inside, guidance, GUIDED: tl.constexpr, ACC: tl.constexpr):
+    """v = u + w (c - u) of the values `at`, or c alone; zeros outside."""
+    v = tl.load(cond + at, mask=inside, other=0.0).to(ACC)
+    if GUIDED:
+        free = tl.load(uncond + at, mask=inside, other=0.0).to(ACC)
+        v = free + guidance * (v - free)
+    return v
+
+
+@triton.jit
 def _forward(x, cond, uncond, noise, t, s, out, guidance, size, GUIDED: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """One program per block of one sample."""
     i, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = i * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     at += b * size
-    v = tl.load(cond + at, mask=inside, other=0.0).to(ACC)
-    if GUIDED:
-        free = tl.load(uncond + at, mask=inside, other=0.0).to(ACC)
-        v = free + guidance * (v - free)
+    v = guided_velocity(cond, uncond, at, inside, guidance, GUIDED, ACC)
     clean = tl.load(x + at, mask=inside, other=0.0).to(ACC) - tl.load(t + b).to(ACC) * v
     level = tl.load(s + b).to(ACC)
     result = (1 - level) * clean + level * tl.load(noise + at, mask=inside, other=0.0).to(ACC)
