@@ -238,6 +238,12 @@ def test_a_watched_student_is_measured_on_its_way(make, tmp_path):
     (run,) = (tmp_path / "b").iterdir()
     assert all(apart(load_file(run / f"after-{k}.safetensors"), on_the_way[k - 1]) == 0 for k in (1, 2, 3))
 
+    unseen = study.plan("objective", "smoke", (0,), ("full",), 4, overrides=plan.overrides["npedit"] | dict(plan.models), out=tmp_path / "unseen", runs=tmp_path / "c")
+    with pytest.raises(KeyboardInterrupt):
+        done(unseen, watch=stop)
+    ((cell, _),) = done(watched("seen", "c"))
+    assert cell["ok"] and len(cell["ways"]) == 4
+
 
 def test_a_judge_may_relearn_from_the_student_that_it_taught(make):
     """Halfway the judge goes to school on the student so far, and teaches it on."""

@@ -556,12 +556,14 @@ def kept(task: Task, updates: int) -> Path:
 
 def train(task: Task, watch: Watch | None = None, keep: Sequence[int] = ()) -> dict:
     """Train, or take what is there. Returns what it cost, over all interruptions. The averaged weights after `keep` updates stay beside the
-    model; a training that is done and lacks them is made again."""
+    model; a training that was begun without keeping them is made again."""
     out = Path(task.config.out)
     file = out / "cost.json"
-    if not all(kept(task, k).is_file() for k in keep) and (out / "model").is_dir():
+    fresh = {"done": False, "kept": sorted(keep), "calls": 0, "cpu_seconds": 0.0, "seconds": 0.0, "skipped": 0}
+    cost = json.loads(file.read_text()) if file.is_file() else fresh
+    if not set(keep) <= set(cost.get("kept", ())):
         shutil.rmtree(out)
-    cost = json.loads(file.read_text()) if file.is_file() else {"done": False, "calls": 0, "cpu_seconds": 0.0, "seconds": 0.0, "skipped": 0}
+        cost = fresh
     if cost["done"] and (out / "model" / "config.json").is_file():
         return cost
     config = dataclasses.replace(task.config, save_every=math.gcd(task.config.save_every, *keep))
@@ -781,20 +783,21 @@ def draw(result: Mapping, path: Path) -> Path:
     arms = result["arms"]
     names = [a["arm"] for a in arms]
     panels = [
-        ("success", [("success", GOOD, "o")]),
-        ("edit done, rest kept", [("done", GOOD, "o"), ("kept", BAD, "s")]),
-        ("belief - success", [("hacking_gap", BAD, "o"), ("held_out_gap", "#999999", "D")]),
-        ("manifold-PSNR, dB", [("manifold_psnr", GOOD, "o")]),
-        ("CPU-seconds", [("cpu_seconds", GOOD, "o")]),
+        ("success", {"success": ("", GOOD, "o")}),
+        ("edit and rest", {"done": ("done", GOOD, "o"), "kept": ("kept", BAD, "s")}),
+        ("belief above success", {"hacking_gap": ("its judge", BAD, "o"), "held_out_gap": ("held-out judge", "#999999", "D")}),
+        ("manifold-PSNR, dB", {"manifold_psnr": ("", GOOD, "o")}),
+        ("CPU-seconds", {"cpu_seconds": ("", GOOD, "o")}),
     ]
     kinds = [k.removeprefix("success_") for k in arms[0] if k.startswith("success_") and not k.endswith("_se")]
     figure = Figure(figsize=(15, 1.6 + 0.36 * len(arms)))
     *axes, by_type = figure.subplots(1, len(panels) + 1, sharey=True, width_ratios=[1] * len(panels) + [1.6])
     for axis, (title, series) in zip(axes, panels):
-        for key, color, mark in series:
+        for key, (label, color, mark) in series.items():
             errors = [a.get(f"{key}_se", 0.0) for a in arms]
-            axis.errorbar([a[key] for a in arms], range(len(arms)), xerr=errors, fmt=mark, color=color, capsize=3, label=key)
+            axis.errorbar([a[key] for a in arms], range(len(arms)), xerr=errors, fmt=mark, color=color, capsize=3, label=label)
         axis.set_title(title, fontsize=9)
+        axis.tick_params(axis="x", labelsize=8)
         axis.grid(alpha=0.3)
         if len(series) > 1:
             axis.legend(fontsize=7)
@@ -806,7 +809,7 @@ def draw(result: Mapping, path: Path) -> Path:
     by_type.set_xticks(range(len(kinds)), kinds, rotation=40, fontsize=7)
     by_type.set_title("success by type", fontsize=9)
     axes[0].set_yticks(range(len(arms)), names, fontsize=8)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(arms) - 0.5, -0.5)  # the first on top
     best = max(arms, key=lambda a: a["success"])
     seeds = max(len(a["seeds"]) for a in arms)
     spent = f"{result['updates']} updates" if result["equal"] == "updates" else f"equal {EQUAL[result['equal']]}"
