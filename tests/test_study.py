@@ -19,6 +19,7 @@ from vlmedit.cli import main
 from vlmedit.data import held_out
 from vlmedit.evaluate import ask_judge, edit_examples
 from vlmedit.pictures import InputError
+from vlmedit.study import cells, costs, tables
 from vlmedit.train.config import ConfigError
 from vlmedit.train.npedit import train_npedit
 from vlmedit.world.edits import EDIT_TYPES
@@ -165,11 +166,11 @@ def test_a_study_trains_measures_and_writes_its_table(make, tmp_path):
         mine = table[table["arm"] == row["arm"]]
         assert row["seeds"] == [0, 1] and row["updates"] == 2
         for key in ("success", "kept", "keep_psnr", "manifold_psnr", "hacking_gap"):
-            least = (mine[key].mean() * (1 - mine[key].mean()) / 16) ** 0.5 if key in study.SHARES else 0
+            least = (mine[key].mean() * (1 - mine[key].mean()) / 16) ** 0.5 if key in tables.SHARES else 0
             assert row[key] == pytest.approx(mine[key].mean()) and row[f"{key}_se"] == pytest.approx(max(mine[key].std() / 2**0.5, least))
     for cell, _ in records:
         steps = cell["trainings"][0]["config"]
-        straight = list(train_npedit(study.STAGES["npedit"][0](**{**steps, "out": str(tmp_path / f"check-{cell['arm']}-{cell['seed']}"), "betas": tuple(steps["betas"])}, **{k: plan.models[k] for k in ("teacher", "judge", "student")})))
+        straight = list(train_npedit(cells.STAGES["npedit"][0](**{**steps, "out": str(tmp_path / f"check-{cell['arm']}-{cell['seed']}"), "betas": tuple(steps["betas"])}, **{k: plan.models[k] for k in ("teacher", "judge", "student")})))
         assert cell["calls"] == sum(s.metrics["calls"] for s in straight) > 0 and cell["cpu_seconds"] > 0
     assert result["failed"] == [] and json.loads((tmp_path / "out" / "table.json").read_text()) == result
     with Image.open(tmp_path / "out" / "plot.png") as plot:
@@ -191,21 +192,21 @@ def test_arms_may_spend_equal_calls(make, models, tmp_path, monkeypatch):
     assert one["updates"] == round(12 * plan.factors["one call"]) and one["updates"] >= 4 * every["updates"] - 4
     result = study.write_tables(plan)
     assert result["equal"] == "calls" and [r["updates"] for r in result["arms"]] == [one["updates"], every["updates"]]
-    monkeypatch.setattr(study, "pilot_cost", None)  # calling it would raise
+    monkeypatch.setattr(costs, "pilot_cost", None)  # calling it would raise
     assert study.balance(ask()) == plan
 
 
 def test_arms_may_spend_equal_seconds(make, models, tmp_path, monkeypatch):
     """Half as dear, twice the updates; over both trainings of an arm; and a pilot's seconds are those of the process."""
     ask = lambda equal="cpu": study.plan("rl", "laptop", (0,), updates=40, overrides=models | {"side": SIDE}, out=tmp_path / "o", runs=tmp_path / "r", equal=equal)
-    costs = {"SFT": 1.0, "SFT + Flow-GRPO": 2.0, "SFT + NP-Edit": 0.5, "Flow-GRPO": 4.0, "NP-Edit": 1.0}
-    monkeypatch.setattr(study, "pilot_cost", lambda plan, arm: costs[arm])
+    prices = {"SFT": 1.0, "SFT + Flow-GRPO": 2.0, "SFT + NP-Edit": 0.5, "Flow-GRPO": 4.0, "NP-Edit": 1.0}
+    monkeypatch.setattr(costs, "pilot_cost", lambda plan, arm: prices[arm])
     plan = study.balance(ask())
     updates = {arm: [t.config.steps for t in study.prepare(plan, arm, 0)] for arm in plan.arms}
     assert updates == {"SFT": [40], "SFT + Flow-GRPO": [10, 10], "SFT + NP-Edit": [40, 40], "Flow-GRPO": [10], "NP-Edit": [40]}
     assert study.balance(ask("updates")).factors == {}
     monkeypatch.undo()
-    cheap, dear = (study.pilot_cost(study.plan("fake_updates", "smoke", arms=(k,), overrides=models | {"side": SIDE, "precision": "no"}, out=tmp_path / "o", runs=tmp_path / "p", equal="cpu"), k) for k in ("1", "10"))
+    cheap, dear = (costs.pilot_cost(study.plan("fake_updates", "smoke", arms=(k,), overrides=models | {"side": SIDE, "precision": "no"}, out=tmp_path / "o", runs=tmp_path / "p", equal="cpu"), k) for k in ("1", "10"))
     assert 0 < 1.5 * cheap < dear
 
 
@@ -251,13 +252,13 @@ def test_a_judge_may_relearn_from_the_student_that_it_taught(make):
     first, school, second = study.prepare(plan, "judge relearns halfway", 0)
     assert school.config.students == (first.config.out + "/model",) and school.config.start == first.config.judge == plan.models["judge"]
     assert second.config.student == first.config.out + "/model" and second.config.judge == school.config.out + "/model"
-    assert study.times(second, 2) == [10] and first.config.steps == second.config.steps == 20
+    assert cells.times(second, 2) == [10] and first.config.steps == second.config.steps == 20
 
 
 def test_a_training_is_made_once_for_all_studies(make, monkeypatch):
     """"steps" uses the student of "objective", four ways, without another update; its rows differ by steps alone."""
     done(make("objective", ("full",)))
-    monkeypatch.setitem(study.STAGES, "npedit", (study.STAGES["npedit"][0], None))  # calling it would raise
+    monkeypatch.setitem(cells.STAGES, "npedit", (cells.STAGES["npedit"][0], None))  # calling it would raise
     plan = make("steps", ("NP-Edit",), out="steps")
     ((cell, known),) = done(plan)
     assert cell["ok"] and not known and list(cell["ways"]) == ["1 step", "2 steps", "4 steps", "8 steps"]
@@ -290,7 +291,7 @@ def test_an_interrupted_study_goes_on_where_it_was(make, tmp_path):
 
 def test_a_failed_arm_stops_nothing_and_is_tried_again(make, models, monkeypatch, tmp_path, capsys):
     """By the command line: exit code 1, the others in the table, the error in the report; once mended, only it is run, exit code 0."""
-    config_class, loop = study.STAGES["npedit"]
+    config_class, loop = cells.STAGES["npedit"]
 
     def fails(config):
         if config.dmd_weight == 0:
@@ -300,13 +301,13 @@ def test_a_failed_arm_stops_nothing_and_is_tried_again(make, models, monkeypatch
     pairs = [f"{k}={v}" for k, v in (models | {"side": SIDE, "precision": "no"}).items()]
     command = ["study", "objective", "--tier", "smoke", "--arms", "judge only,full", "--seeds", "0", "--set", *pairs]
     command += ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--json", str(tmp_path / "all.json")]
-    monkeypatch.setitem(study.STAGES, "npedit", (config_class, fails))
+    monkeypatch.setitem(cells.STAGES, "npedit", (config_class, fails))
     assert main(command) == 1
     said = capsys.readouterr()
     assert "judge only, seed 0: failed: RuntimeError: out of luck" in said.err and "full: success" in said.out
     result = json.loads((tmp_path / "all.json").read_text())
     assert result["failed"] == [{"arm": "judge only", "seed": 0, "error": "RuntimeError: out of luck"}] and [a["arm"] for a in result["arms"]] == ["full"]
-    monkeypatch.setitem(study.STAGES, "npedit", (config_class, loop))
+    monkeypatch.setitem(cells.STAGES, "npedit", (config_class, loop))
     assert main(command) == 0
     assert "full, seed 0: 4 steps" in (err := capsys.readouterr().err) and "(there already)" in err
     result = json.loads((tmp_path / "all.json").read_text())
@@ -329,7 +330,7 @@ def die(plan, arm, seed, threads):
 
 
 def test_a_process_that_dies_is_a_failed_cell(make, monkeypatch):
-    monkeypatch.setattr(study, "_process", die)
+    monkeypatch.setattr(cells, "_process", die)
     ((cell, _),) = done(make("objective", ("full",)), jobs=2)
     assert not cell["ok"] and cell["error"] == "its process died with exit code 9"
 
@@ -337,10 +338,10 @@ def test_a_process_that_dies_is_a_failed_cell(make, monkeypatch):
 def test_the_teacher_alone_needs_no_training(models, tmp_path):
     """An arm without trainings uses the teacher; its seeds differ by noise, its calls are counted."""
     plan = study.plan("training_free", "smoke", (0, 1), ("SDEdit", "inversion"), overrides=models, out=tmp_path / "out", runs=tmp_path / "runs")
-    cells = [c for c, _ in done(plan)]
-    assert all(c["ok"] and c["calls"] == 0 and c["cpu_seconds"] == 0 for c in cells), cells
+    records = [c for c, _ in done(plan)]
+    assert all(c["ok"] and c["calls"] == 0 and c["cpu_seconds"] == 0 for c in records), records
     assert not (tmp_path / "runs").exists()
-    way = lambda arm, seed, name: next(c for c in cells if (c["arm"], c["seed"]) == (arm, seed))["ways"][name]
+    way = lambda arm, seed, name: next(c for c in records if (c["arm"], c["seed"]) == (arm, seed))["ways"][name]
     assert way("SDEdit", 0, "from 0.6")["keep_psnr"] != way("SDEdit", 1, "from 0.6")["keep_psnr"]
     assert way("SDEdit", 0, "from 0.6")["calls_per_edit"] == 30 and way("inversion", 0, "back to 0.8")["calls_per_edit"] == 75
     assert len(study.write_tables(plan)["arms"]) == 6
@@ -354,7 +355,7 @@ def test_the_judge_s_choice_among_samples_pleases_it_more(models):
     plain = pleased()
     for strength in (0.0, 1.0):
         assert pleased(judge=judge, particles=4, strength=strength) > plain
-    assert study.use(student, judge, judge, 8, 0, 1.0, study.WAYS["FK of 4"])["calls_per_edit"] == 16
+    assert cells.use(student, judge, judge, 8, 0, 1.0, study.WAYS["FK of 4"])["calls_per_edit"] == 16
     assert torch.equal(edit_examples(student, examples)[1], edit_examples(student, examples, particles=1, strength=1.0)[1])
     with pytest.raises(ValueError, match="particles is 4, and no judge chooses among them"):
         edit_examples(student, examples, particles=4)
@@ -366,7 +367,7 @@ def test_noise_that_pleases_the_judge_is_found(models):
     pleased = lambda **given: ask_judge(judge, examples, *edit_examples(student, examples, steps=1, **given)).log().mean().item()
     assert pleased(judge=judge, noise_steps=15) > pleased() + 1e-3
     assert all(p.grad is None for p in (*student.parameters(), *judge.parameters()))
-    assert study.use(student, judge, judge, 8, 0, 1.0, study.WAYS["ReNO"])["calls_per_edit"] == 21
+    assert cells.use(student, judge, judge, 8, 0, 1.0, study.WAYS["ReNO"])["calls_per_edit"] == 21
     for given, message in ((dict(steps=1, noise_steps=2), "no judge says where to"), (dict(steps=4, noise_steps=2, judge=judge), "the noise of one call")):
         with pytest.raises(ValueError, match=message):
             edit_examples(student, examples, **given)
