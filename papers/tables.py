@@ -183,6 +183,12 @@ def studied(study: str, name: str) -> dict | None:
     return {**row, "n": row["n"] * len(row["seeds"]), "seeds": len(row["seeds"]), "success_by_type": by_type}
 
 
+def early(a: str, b: str) -> tuple[dict | None, dict | None]:
+    """Two arms of the objective study where both have been run, else of the first arms at 300 updates."""
+    found = [studied("objective", name) or studied("objective", f"{name}, 4 steps") for name in (a, b)]
+    return tuple(found) if None not in found else (arm(a, 300), arm(b, 300))
+
+
 def supervised() -> dict | None:
     """The rival trained on pairs, at its four re-noising steps."""
     entries = read("rivals").get("paired SFT", {}).get("4 steps")
@@ -226,48 +232,48 @@ def cost(row: dict) -> str:
     return f"{row['updates']:,} updates, {row['seeds']} seed{'s' * (row['seeds'] > 1)}{seconds}"
 
 
-def compared(key: str, *pairs) -> tuple[str, str]:
-    """What was found for pairs of (name, row) against (name, row), better first by the claim, and whether each has the claim's sign."""
-    found, signs = [], []
+def compared(key: str, *pairs) -> tuple[str, str, str]:
+    """What was found for pairs of (name, row) against (name, row), better first by the claim; the last pair's figures alone, which are of the
+    longest training; and whether each pair has the claim's sign."""
+    found, short, signs = [], "", []
     for (first, a), (second, b) in pairs:
         if a is not None and b is not None:
             source = "".join(f"; {row['source']}" for row in (a, b) if "source" in row)
             found.append(f"{first} {shown(a, key)}, {second} {shown(b, key)} ({cost(a)} against {cost(b)}{source})")
+            short = f"{shown(a, key)}, {shown(b, key)}"
             signs.append(sign(a, b, key))
-    return "; ".join(found), " / ".join(signs)
+    return "; ".join(found), short, " / ".join(signs)
 
 
-def claims() -> list[tuple[str, str, str, tuple[str, str], dict[str, str]]]:
+def claims() -> list[tuple[str, str, str, tuple[str, str, str], dict[str, str]]]:
     """Claim, the paper's figures (VIEScore overall unless said), command, what was found, and why, by the last sign that was found."""
-    at = lambda name: lambda updates: (name, arm(name, updates))
-    full, dmd, judge = at("full"), at("DMD only"), at("judge only")
-    both = lambda a, b, key: compared(key, *((a(u), b(u)) for u in (300, 2000)))
     row = lambda study, name: (name, studied(study, name))
+    both = lambda key, a, b: compared(key, *(((a, x), (b, y)) for x, y in (early(a, b), (arm(a, 2000), arm(b, 2000)))))
     return [
         (
-            "full beats DMD only", "6.10, 4.93", "objective", both(full, dmd, "success"),
+            "full beats DMD only", "6.10, 4.93", "objective", both("success", "full", "DMD only"),
             {"yes": "the caption that DMD reads carries most edits by itself; the judge adds what no caption says: where, and that the rest stays."},
         ),
         (
-            "full beats judge only", "6.10, 1.93", "objective", both(full, judge, "success"),
+            "full beats judge only", "6.10, 1.93", "objective", both("success", "full", "judge only"),
             {"yes": "off the manifold the judge's gradient means nothing, and the student does not find back."},
         ),
         (
-            "judge only leaves the manifold (share of outputs on it)", "\"diverges\"; PQ 7.69, 3.48", "objective", both(full, judge, "on_manifold"),
+            "judge only leaves the manifold (share of outputs on it)", "\"diverges\"; PQ 7.69, 3.48", "objective", both("on_manifold", "full", "judge only"),
             {"yes": "a small network can be pleased by what is no picture; a judge schooled under attack delays that and does not prevent it."},
         ),
         (
-            "DMD only fails at removals (success on removals)", "removal collapses", "objective", both(full, dmd, "removals"),
+            "DMD only fails at removals (success on removals)", "removal collapses", "objective", both("removals", "full", "DMD only"),
             {"yes": "a target caption simply does not mention the thing; worse, not a collapse as in the paper: scenes here are small enough that the caption names everything in them."},
         ),
         (
             "without the identity question less is kept (rest kept)", "6.10, 5.76", "objective",
-            compared("kept", (row("objective", "full"), row("objective", "no identity question")), (at("full")(2000), at("no identity question")(2000)), (at("full")(300), at("no identity question")(300))),
+            both("kept", "full", "no identity question"),
             {"yes": "nothing else speaks for the rest: the caption names no places, and the edit question alone is pleased most by redrawing the picture."},
         ),
         (
             "two answer tokens beat the full vocabulary", "6.10, 5.89", "objective",
-            compared("success", (row("objective", "full"), row("objective", "full-vocabulary loss")), (at("full")(300), at("full-vocabulary loss")(300))),
+            both("success", "full", "full-vocabulary loss"),
             {CLEAR: "the judge here has 84 words and puts all its probability on the two answers (log): the losses are nearly one."},
         ),
         ("two unrolled calls beat one", "no figure known", "unroll", compared("success", (row("unroll", "two calls"), row("unroll", "one call"))), {}),
@@ -278,7 +284,7 @@ def claims() -> list[tuple[str, str, str, tuple[str, str], dict[str, str]]]:
         ("more requests help", "all 6.10, half 5.52, 1 % 4.66", "data", compared("success", (row("data", "100 %"), row("data", "1 %")), (row("data", "100 %"), row("data", "50 %"))), {}),
         (
             "on par with training on pairs, at four steps", "6.10; best of those trained on pairs 6.06", "objective",
-            compared("success", *((("no-pair", a), ("trained on pairs", b)) for a, b in ((arm("full", 300), arm("paired SFT", 300)), (SECOND, supervised()), (shipped(), supervised())))),
+            compared("success", *((("no-pair", a), ("trained on pairs", b)) for a, b in (early("full", "paired SFT"), (SECOND, supervised()), (shipped(), supervised())))),
             {"no": "exact targets cost nothing here and are always right, which no data set of pairs is; nor do they need distillation to be sampled in four steps."},
         ),
         (
@@ -295,16 +301,23 @@ def claims() -> list[tuple[str, str, str, tuple[str, str], dict[str, str]]]:
 
 def claims_table() -> str:
     rows = []
-    for claim, paper, study, (found, signs), why in claims():
+    for claim, paper, study, (found, _, signs), why in claims():
         last = signs.split(" / ")[-1]
         rows.append([claim, paper, found or f"not measured: `vlmedit study {study}`", signs or "-", why.get(last, "") if signs else ""])
     said = "Paper: VIEScore, overall unless said. Here: share of exact successes by the oracle, standard error in brackets (over edits where there is one seed); a sign is read from two standard errors on. At 300 updates students have hardly begun."
     return f"### The paper's claims\n\n{said}\n\n" + table(["claim", "paper", "here", "same sign", "why"], rows)
 
 
+def claims_summary() -> str:
+    """README's: each claim's last comparison."""
+    rows = [[claim, paper, short or "not measured", signs.split(" / ")[-1] if signs else "-"] for claim, paper, _, (_, short, signs), _ in claims()]
+    said = "The paper's claims (its VIEScore) and ours (share of exact successes by the oracle unless said, standard error in brackets), at the longest training that was measured; costs, shorter ones and reasons: [papers/npedit.md](papers/npedit.md), section 7."
+    return f"{said}\n\n" + table(["claim", "paper", "here", "same sign"], rows)
+
+
 def blocks() -> dict[Path, str]:
     """The text between the markers of each page."""
-    short, long = [editor_table(), other_table()], [editor_table(), other_table(), claims_table(), studies_tables(), asking_table(), arms_tables()]
+    short, long = [editor_table(), other_table(), claims_summary()], [editor_table(), other_table(), claims_table(), studies_tables(), asking_table(), arms_tables()]
     return {page: "\n\n".join(part for part in parts if part) for page, parts in zip(PAGES, (short, long))}
 
 

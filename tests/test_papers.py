@@ -74,9 +74,10 @@ def test_every_claim_is_there_measured_or_with_its_command():
     found = tables.claims()
     assert len(found) == 13 and len({claim for claim, *_ in found}) == 13
     lines = tables.claims_table().splitlines()[-13:]
-    for line, (claim, _, study, (here, signs), _) in zip(lines, found):
+    for line, (claim, _, study, (here, short, signs), _) in zip(lines, found):
         assert study in STUDIES and line.startswith(f"| {claim} |")
         assert (f"`vlmedit study {study}`" in line) == (not here)
+        assert bool(here) == bool(short) and short.split(",")[0] in here
         assert not here or set(signs.split(" / ")) <= {"yes", "no", tables.CLEAR}
 
 
