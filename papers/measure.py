@@ -5,9 +5,8 @@
     python papers/measure.py live                               # the main job
     python papers/measure.py rivals --updates 2000              # trains the paired rival for as many updates as the editor first
     python papers/measure.py distilled --updates 400            # trains the teacher's 4-step student first
-    python papers/measure.py arms --updates 400 --seeds 0       # trains and measures the ablation arms first
 
-Then `python papers/tables.py` writes the tables of the pages.
+Arms and rivals at equal cost are studies: `vlmedit study`. Then `python papers/tables.py` writes the tables of the pages.
 
 Figures are of held-out requests, by the oracle; standard errors are over requests, binomial.
 """
@@ -180,22 +179,8 @@ def measure_cost(args) -> None:
     write("cost", {"cpu_seconds_per_update": seconds, "split": split, "batch": config.batch, "samples_per_cpu_second": config.batch / seconds, "edit_cpu_seconds": latency, "peak_memory_mib": peak})
 
 
-def measure_arms(args) -> None:
-    """The arms of `vlmedit study objective`: ablations and the paired rival, same warm start, batch and number of student updates."""
-    for seed in args.seeds:
-        new = [arm for arm in args.arms or study.find("objective").arms if f"{arm}/{args.updates}/{seed}" not in read("arms")]
-        if not new:
-            continue
-        plan = study.plan("objective", seeds=(seed,), arms=new, updates=args.updates, n=args.n, out=RESULTS / "studies" / "objective", runs=args.out)
-        for cell, _ in study.run(plan):
-            study.write_tables(plan)
-            if not cell["ok"]:
-                raise SystemExit(f"arm {cell['arm']}, seed {seed} failed: {cell['error']}")
-            write("arms", {**read("arms"), f"{cell['arm']}/{args.updates}/{seed}": {"cpu_seconds": cell["cpu_seconds"], **cell["ways"]}})
-
-
 PARTS = {"teacher": measure_teacher, "judge": measure_judge, "editor": measure_editor, "foreign": measure_foreign, "cost": measure_cost, "strip": measure_strip}
-TRAINING = {"live": measure_live, "rivals": measure_rivals, "distilled": measure_distilled, "arms": measure_arms}
+TRAINING = {"live": measure_live, "rivals": measure_rivals, "distilled": measure_distilled}
 
 
 def main() -> None:
@@ -203,9 +188,8 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=["all", *PARTS, *TRAINING])
     parser.add_argument("--n", type=int, default=512, help="held-out requests")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--updates", type=int, default=400, help="of each arm, of the rival, of the distillation")
-    parser.add_argument("--arms", nargs="+", choices=list(study.find("objective").arms))
-    parser.add_argument("--out", default="runs/arms")
+    parser.add_argument("--updates", type=int, default=400, help="of the rival, of the distillation")
+    parser.add_argument("--out", default="runs/measured")
     args = parser.parse_args()
     for part in PARTS if "all" in args.parts else args.parts:
         (PARTS | TRAINING)[part](args)

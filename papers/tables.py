@@ -107,7 +107,7 @@ def arms_table(arms: dict, updates: int) -> str:
         removed = f"{mean(x['success_by_type']['remove'] for x in e):.2f}"
         rows.append([arm, cell("cpu", 0), str(len(e)), cell("success", 3), removed, cell("done"), cell("kept"), cell("on_manifold"), cell("keep_psnr", 1), cell("manifold_psnr", 1), p, cell("hacking_gap")])
     head = ["arm", "CPU-s", "seeds", "success", "of removals", "done", "kept", "on manifold", "keep-PSNR", "manifold-PSNR", "P(yes) edit / identity", "gap"]
-    said = f"Same warm start, batch and number of student updates ({updates}); 4 re-noising steps unless said; 512 held-out edits (`python papers/measure.py arms --updates {updates}`)."
+    said = f"Same warm start, batch and number of student updates ({updates}); 4 re-noising steps unless said; 512 held-out edits (judge of the second round, log; `vlmedit study objective --updates {updates}`)."
     return f"### Arms at {updates} updates\n\n{said}\n\n{table(head, rows)}"
 
 

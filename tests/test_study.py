@@ -1,11 +1,9 @@
 """Studies: equal updates (or calls, or seconds) for every arm, what is shared and what is repeated, tables that are means, failures that stop nothing."""
 
-import importlib.util
 import json
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -373,7 +371,7 @@ def test_noise_that_pleases_the_judge_is_found(models):
             edit_examples(student, examples, **given)
 
 
-# --- the table's arithmetic and the scripts that use it
+# --- the table's arithmetic, and the command
 
 
 def test_errors_are_over_seeds_and_never_below_those_over_requests():
@@ -401,23 +399,3 @@ def test_the_command_refuses_with_one_message(words, message, capsys, tmp_path):
 def test_a_study_that_was_not_run_says_how(tmp_path):
     with pytest.raises(InputError, match="study 'unroll' has not been run; run it: vlmedit study unroll"):
         study.read("unroll", tmp_path)
-
-
-def test_the_papers_arms_are_the_study_s(make, monkeypatch, tmp_path):
-    """`papers/measure.py arms` runs the cells of the objective study that its file lacks, and writes their figures."""
-    spec = importlib.util.spec_from_file_location("measure", Path(__file__).parent.parent / "papers" / "measure.py")
-    measure = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(measure)
-    monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
-    asked = []
-    planned = lambda name, **given: asked.append((name, given)) or make(name, given["arms"], given["seeds"])
-    monkeypatch.setattr(measure, "study", SimpleNamespace(**{**vars(study), "plan": planned}))
-    measure.write("arms", {"DMD only/2/0": {"cpu_seconds": 1.0}})
-    args = SimpleNamespace(seeds=[0], arms=["full", "DMD only", "paired SFT"], updates=2, n=8, out=str(tmp_path / "runs"))
-    measure.measure_arms(args)
-    figures = measure.read("arms")
-    assert asked[0][0] == "objective" and asked[0][1]["arms"] == ["full", "paired SFT"] and len(asked) == 1
-    assert list(figures) == ["DMD only/2/0", "full/2/0", "paired SFT/2/0"]
-    assert figures["paired SFT/2/0"]["30 steps"]["sampler"] == "euler" and figures["full/2/0"]["4 steps"]["n"] == 8
-    measure.measure_arms(args)
-    assert len(asked) == 1
