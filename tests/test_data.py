@@ -157,10 +157,9 @@ def test_seed_parts_do_not_run_together():
 
 
 def test_a_pool_limits_the_data():
-    """pool=5 draws from five distinct requests whatever the seed, and from all of them."""
-    batches = [unpaired_batch(16, 8, "pool", k, pool=5) for k in range(20)]
-    seen = {pair for b in batches for pair in zip(words(b.instruction), words(b.reference_caption))}
-    assert len(seen) == 5
+    """pool=5 draws from five distinct requests, and from all of them; from others for a run of another seed."""
+    drawn_by = lambda run: {pair for k in range(20) for b in [unpaired_batch(16, 8, run, k, pool=5)] for pair in zip(words(b.instruction), words(b.reference_caption))}
+    assert len(drawn_by(0)) == len(drawn_by(1)) == 5 and not drawn_by(0) & drawn_by(1)
 
 
 # --- held out

@@ -1,9 +1,11 @@
 """Unpaired data: what a model's answers must be to be used, resuming after a kill at every point, doubles, targets never read, shards."""
 
+import io
 import json
 import re
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,19 +15,21 @@ from PIL import Image, ImageDraw
 from vlmedit.cli import main
 from vlmedit.pictures import InputError
 from vlmedit.real import prepare as p
+from vlmedit.real import shards as sh
 from vlmedit.real import tiny, writers
 from vlmedit.real.datasets import (
+    MAPPED,
     Item,
+    check_dataset,
     kind_of,
     parquet_rows,
     read_dataset,
     read_items,
-    read_shards,
     thing_removed,
     write_items,
-    write_shards,
 )
 from vlmedit.real.requests import Book, batch_of
+from vlmedit.real.shards import read_shards, write_shards
 
 FIELDS = ["image", "instruction", "type", "object", "caption", "target_caption"]
 
@@ -209,6 +213,92 @@ def test_another_run_in_the_folder_is_refused(folder, tmp_path):
         run(folder, tmp_path / "out", Script())
 
 
+# several processes
+
+
+WRITTEN = ("manifest.jsonl", "report.json")
+
+
+def part(folder, out, process, processes, writer=None):
+    return p.prepare(out, p.Settings(str(folder), "folder", "script", None), writer or Script(), None, 1, 20, process, processes)
+
+
+def test_processes_share_the_pictures(folder, tmp_path, monkeypatch):
+    """Three processes, in turns: each asks about its own pictures alone, none is asked about twice, the main one waits for the others, and
+    manifest and report are those of one process; a copy of a picture that another process has is dropped at the end, wherever it went."""
+    monkeypatch.setattr(p, "POLL", 0.0)
+    for i in range(4):
+        photo(i).save(folder / f"copy-{i}.png")
+    run(folder, tmp_path / "one", Script())
+    writers_, out = [Script() for _ in range(3)], tmp_path / "three"
+    running = [part(folder, out, i, 3, w) for i, w in enumerate(writers_)]
+    while running:
+        assert not (out / "manifest.jsonl").exists()
+        running = [g for g in running if next(g, None)]
+    asked = [sum(t == p.CAPTION for _, t in w.asked) for w in writers_]
+    assert min(asked) > 0 and 6 < sum(asked) <= 10  # copies that went to another process were asked about
+    for name in WRITTEN:
+        assert (out / name).read_text() == (tmp_path / "one" / name).read_text()
+    assert report(out)["refusals"]["seen before"]["times"] == 4 and report(out)["kept"] == 18
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_another_number_of_processes_goes_on(after, folder, tmp_path, monkeypatch):
+    """Two processes are killed, one of them within a line: any number goes on, asks about the rest alone, and ends as a run of one process.
+    A copy of a picture that is done is not asked about where one process knows all journals."""
+    monkeypatch.setattr(p, "POLL", 0.0)
+    for i in range(6):
+        photo(i).save(folder / f"copy-{i}.png")
+    run(folder, tmp_path / "one", Script())
+    out = tmp_path / "out"
+    for process in (0, 1):
+        next(part(folder, out, process, 2))
+    with open(out / "journal-1.jsonl", "a") as file:
+        file.write('{"name": "3.png", "loo')
+    writers_ = [Script() for _ in range(after)]
+    for process in reversed(range(after)):
+        list(part(folder, out, process, after, writers_[process]))
+    asked = sum(t == p.CAPTION for w in writers_ for _, t in w.asked)
+    assert asked == 4 if after == 1 else 4 <= asked <= 10
+    for name in WRITTEN:
+        assert (out / name).read_text() == (tmp_path / "one" / name).read_text()
+
+
+def test_the_command_under_a_launcher(folder, tmp_path, monkeypatch, vlm, capsys):
+    """The command with the variables that torchrun and accelerate launch set: the second process says nothing, the first one reports all."""
+    monkeypatch.setattr(writers, "load_writer", lambda *a, **k: Script())
+    command = ["data", "prepare", str(folder), "--vlm", str(vlm), "--out", str(tmp_path / "out"), "--json", str(tmp_path / "r.json")]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main(command) == 0 and (tmp_path / "r.json").exists() == (rank == "0")
+        assert ("18 requests of 6 pictures" in capsys.readouterr().out) == (rank == "0")
+    parts = [len((tmp_path / "out" / p.journal_name(i)).read_text().splitlines()) - 1 for i in (0, 1)]
+    assert sum(parts) == 6 and min(parts) > 0
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(command) == 2 and "process 1 of this machine has no GPU, there is 1" in capsys.readouterr().err
+
+
+def test_processes_that_stand_still_are_named(folder, tmp_path, monkeypatch):
+    """The main process does not wait forever, and does not take journals of another run, or damaged ones."""
+    monkeypatch.setattr(p, "POLL", 0.0)
+    monkeypatch.setattr(p, "PATIENCE", 0.0)
+    theirs = sum(p.part_of(f"{i}.png", 2) for i in range(6))
+    with pytest.raises(InputError, match=rf"nothing came from the other processes .*process 1 has {theirs} pictures left.*; the same command goes on"):
+        list(part(folder, tmp_path / "out", 0, 2))
+    assert not (tmp_path / "out" / "manifest.jsonl").exists()
+    (tmp_path / "out" / "journal-1.jsonl").write_text('{"settings": {"seed": 1}}\n')
+    with pytest.raises(InputError, match=r"run of other settings \(.*seed"):
+        list(part(folder, tmp_path / "out", 0, 2))
+    (tmp_path / "out" / "journal-1.jsonl").write_text("{]\n")
+    with pytest.raises(InputError, match="journal-1.jsonl: damaged"):
+        list(part(folder, tmp_path / "out", 0, 2))
+    with pytest.raises(InputError, match="process 2 of 2"):
+        list(part(folder, tmp_path / "out", 2, 2))
+
+
 # models
 
 
@@ -332,10 +422,13 @@ def write_pico(folder):
         {"open_image_input_url": f"https://somewhere/{i}_o.jpg", "text": said, "output_image": f"images/positive-edit/target-{i}.png", "edit_type": kind, "summarized_text": "short"}
         for i, (said, kind) in enumerate(zip(SAID, ("Remove an existing object", "Change an object's color")))
     ]
-    rows[1]["local_input_image"] = "train/1.jpg"
-    rows.append({"files": [{"id": "original_input_image", "url": "https://somewhere/9_o.jpg"}], "metadata_edit_turn_prompts": ["a", "b"]})
-    (folder / "sft.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return {"0_o.jpg": 0, "train/1.jpg": 1}, [f"images/positive-edit/target-{i}.png" for i in (0, 1)]
+    (folder / "sft.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:1]))
+    turns = [{"id": f"edit_turn{i}", "url": f"images/multi-turn/target-{i}.png"} for i in (1, 2)] + [{"id": "final_image", "url": "images/multi-turn/target-3.png"}]
+    row = {"files": [*turns, {"id": "original_input_image", "url": "https://somewhere/1_o.jpg"}], "metadata_edit_turn_prompts": [SAID[1], "then make it blue", "remove it"]}
+    (folder / "multi-turn.jsonl").write_text(json.dumps(row) + "\n")
+    mapped = folder / f"multi-turn{MAPPED}.jsonl"  # by the data set's own script; a list is read once, mapped if it can be
+    mapped.write_text(json.dumps({**row, "local_input_image": "train/1.jpg"}) + "\n" + json.dumps({"files": [], "metadata_edit_turn_prompts": ["x"]}) + "\n")
+    return {"0_o.jpg": 0, "train/1.jpg": 1}, ["images/positive-edit/target-0.png", *(f"images/multi-turn/target-{i}.png" for i in (1, 2, 3))]
 
 
 def write_gpt(folder):
@@ -364,6 +457,7 @@ def write_npedit(folder):
     return {"in/0.png": 0, "in/1.png": 1}, ["target-0.png", "target-1.png"]
 
 
+PASSED = {"pico-banana": {"later turn": 2, "no input": 1}, "magicbrush": {"later turn": 1}}  # over, as the report counts it
 WRITERS = {"pico-banana": write_pico, "gpt-image-edit": write_gpt, "magicbrush": write_magicbrush, "npedit": write_npedit}
 
 
@@ -386,6 +480,7 @@ def test_targets_are_never_read(layout, tmp_path, opened):
     run(folder, tmp_path / "out", Script(), layout=layout)
     items = read_items(tmp_path / "out" / "manifest.jsonl")
     assert len(items) == 2 and {i.instruction for i in items} == set(SAID)
+    assert {reason: v["times"] for reason, v in report(tmp_path / "out")["skipped"].items()} == PASSED.get(layout, {})
     if layout == "npedit":
         assert {(i.caption, i.target_caption) for i in items} == {("before 0", "after 0"), ("before 1", "after 1")}
     names = [str(n).rpartition("/")[2] for n in opened]
@@ -443,9 +538,17 @@ def test_layouts_that_do_not_fit(tmp_path, folder):
     (folder / "sft.jsonl").write_text(json.dumps({"local_input_image": "../../secret.png", "text": "Add a hat."}) + "\n")
     with pytest.raises(InputError, match="leads out of the data set's folder"):
         list(read_dataset(folder, "pico-banana"))
-    (folder / "sft.jsonl").write_text('{"text": "half')
+    row = json.dumps({"open_image_input_url": "https://somewhere/gone.jpg", "text": "Add a hat."}) + "\n"
+    (folder / "sft.jsonl").write_text(row * 3 + '{"text": "half')
+    with pytest.raises(InputError, match="sft.jsonl: not JSON rows to its end, which is 'f'; download it again"):
+        next(read_dataset(folder, "pico-banana"))
+    (folder / "sft.jsonl").write_text(row * 3)
+    with pytest.raises(InputError, match="none of the first 3 pictures is there, such as .*gone.jpg; download them"):
+        check_dataset(folder, "pico-banana")
+    (folder / "sft.jsonl").write_text(row * 300 + "{]}")  # far behind the first rows
+    (folder / "gone.jpg").write_bytes(b"")
     with pytest.raises(InputError, match="not JSON"):
-        list(read_dataset(folder, "pico-banana"))
+        check_dataset(folder, "pico-banana")
 
 
 # manifests and shards
@@ -495,6 +598,150 @@ def test_a_trainer_takes_manifests_and_shards(folder, tmp_path):
     assert torch.equal(load_fitted(plain_rows[5].image, (64, 64)), load_fitted(packed[5].image, (64, 64)))
 
 
+def picture_bytes(seed, tmp_path) -> bytes:
+    photo(seed).save(tmp_path / "x.png")
+    return (tmp_path / "x.png").read_bytes()
+
+
+def write_rows(path, rows, **kwargs):
+    """A parquet file as others write it."""
+    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow.parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, compression="none", use_dictionary=False, **kwargs)
+    return pyarrow.parquet.read_metadata(path)
+
+
+def words(i=0, **more):
+    return {"instruction": f"Make thing {i} red.", "caption": f"thing {i}", "target_caption": f"red thing {i}", **more}
+
+
+def test_parquet_shards_are_hugging_faces(manifest, tmp_path):
+    """Pictures are structs of bytes and path, and the schema says so as `datasets` reads it; groups are small enough to be read for one picture."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    write_shards(read_items(manifest) * 3, tmp_path / "shards", "parquet")
+    file = parquet.ParquetFile(tmp_path / "shards" / "000000.parquet")
+    assert str(file.schema_arrow.field("image").type) == "struct<bytes: binary, path: string>"
+    features = json.loads(file.schema_arrow.metadata[b"huggingface"])["info"]["features"]
+    assert list(features) == file.schema_arrow.names and features["image"] == {"_type": "Image"} and features["type"] == {"dtype": "string", "_type": "Value"}
+    assert [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)] == [8, 8, 2]
+
+
+def test_a_target_in_a_shard_is_not_read(tmp_path):
+    """Training from a parquet file of somebody with the target's column beside the input's, its bytes destroyed on the disk: reading them
+    fails, the trainer does not notice. Pictures that are not embedded are found by their paths; `type` and `object` may be missing."""
+    from vlmedit.real.feed import load_fitted, read_manifest
+
+    (tmp_path / "set").mkdir()
+    photo(3).save(tmp_path / "set" / "outside.png")
+    cells = [{"bytes": picture_bytes(i, tmp_path), "path": f"{i}.png"} for i in range(3)] + [{"bytes": None, "path": "outside.png"}]
+    file = tmp_path / "set" / "train.parquet"
+    about = write_rows(file, [{"output_image": {"bytes": picture_bytes(9, tmp_path), "path": "t"}, "image": c, **words(i)} for i, c in enumerate(cells)], row_group_size=2)
+    spoiled = bytearray(file.read_bytes())
+    for group in map(about.row_group, range(about.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema.startswith("output_image"):
+                spoiled[column.data_page_offset : column.data_page_offset + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    file.write_bytes(spoiled)
+    with pytest.raises((InputError, OSError)):
+        list(parquet_rows(file, ["output_image"]))
+    rows = read_manifest(file)
+    assert [r.request.instruction for r in rows] == [f"Make thing {i} red." for i in range(4)] and {r.request.type for r in rows} == {"other"}
+    for i, row in enumerate(rows):
+        photo(i).save(tmp_path / "own.png")
+        assert torch.equal(load_fitted(row.image, (64, 64)), load_fitted(tmp_path / "own.png", (64, 64)))
+
+
+def spoil_shards(what, out, tmp_path):
+    """One thing wrong with a folder of two shards, 000000 and 000001, of four and two requests."""
+    import tarfile
+
+    first, last = sorted(out.glob("00000?.*"))
+    cell = {"bytes": picture_bytes(0, tmp_path), "path": "0.png"}
+    if what == "cut in a picture":
+        last.write_bytes(last.read_bytes()[:700])
+    elif what == "cut at an end":
+        with tarfile.open(first) as tar:
+            end = tar.getmembers()[2].offset
+        first.write_bytes(first.read_bytes()[:end])
+    elif what == "no bytes":
+        last.write_bytes(b"")
+    elif what == "a shard is missing":
+        last.unlink()
+    elif what == "two kinds":
+        write_rows(out / "a.parquet", [{"image": cell, **words()}])
+    elif what == "one level higher":
+        return out.parent
+    elif what == "damaged index":
+        (out / "shards.json").write_text("{")
+    elif what in ("two pictures", "no words", "bad words", "no picture", "an empty tar"):
+        def add(tar, name, data):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+        with tarfile.open(out / "other.tar", "w") as tar:
+            names = {"two pictures": ("0.input.png", "0.output.png"), "no picture": (), "an empty tar": ()}.get(what, ("0.png",))
+            for name in names:
+                add(tar, name, cell["bytes"])
+            if what not in ("no words", "an empty tar"):
+                add(tar, "0.json", b"[1]" if what == "bad words" else json.dumps(words()).encode())
+    else:
+        (tmp_path / "p").mkdir()
+        rows = {
+            "an empty table": [], "type is a number": [{"image": cell, **words(), "type": 3}], "image is a number": [{"image": 3, **words()}], "no bytes in it": [{"image": {"path": "x"}, **words()}],
+            "a column is missing": [{"image": cell, "instruction": "x y"}], "a picture is missing": [{"image": cell, **words()}, {"image": None, **words()}],
+            "nothing at the path": [{"image": {"bytes": None, "path": "gone.png"}, **words()}, {"image": cell, **words()}], "a large group": [{"image": cell, **words(i)} for i in range(4)],
+            "a removal of nothing": [{"image": cell, **words(), "type": "remove"}],
+        }[what]  # fmt: skip
+        pyarrow = pytest.importorskip("pyarrow")
+        if rows:
+            write_rows(tmp_path / "p" / "a.parquet", rows)
+        else:
+            pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist([{"image": cell, **words()}]).slice(0, 0), tmp_path / "p" / "a.parquet")
+        return tmp_path / "p"
+    return out
+
+
+SPOILED = {
+    "cut in a picture": "000001.{kind}: not a whole .* write it again",
+    "cut at an end": "000000.tar: not a whole tar shard .its end is missing",
+    "no bytes": "000001.{kind}: not a whole",
+    "a shard is missing": "4 requests in 1 shards, shards.json counts 6",
+    "two kinds": "shards of two kinds .*parquet.*tar",
+    "one level higher": "no shards in this folder; there are some in .*shards",
+    "damaged index": "shards.json: damaged",
+    "two pictures": "0 has 2 pictures .0.input.png, 0.output.png.; of unpaired data there is one",
+    "no words": "0 has no words",
+    "bad words": "0 has no words",
+    "no picture": "0 has no picture",
+    "an empty tar": "other.tar: an empty shard",
+    "an empty table": "a.parquet: an empty shard",
+    "type is a number": "columns type .int64. must hold text; are columns mixed up",
+    "image is a number": "column image holds int64; it must hold paths, or structs",
+    "no bytes in it": "column image holds struct<path: string>",
+    "a column is missing": "lacks the columns caption, target_caption; it has image, instruction",
+    "a picture is missing": "a.parquet: row 2 holds no picture",
+    "nothing at the path": "no picture .*gone.png",
+    "a large group": "row group of 4 rows has 0 MiB of pictures.*of at most 2 rows",
+    "a removal of nothing": "row 1: the removal 'Make thing 0 red.' names no object",
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_shards_that_cannot_be_used(what, manifest, tmp_path, monkeypatch):
+    """One message that names the shard, from the trainer's reader, before any picture is decoded."""
+    from vlmedit.real.feed import read_manifest
+
+    captioned = [replace(item, target_caption="after") for item in read_items(manifest)]
+    for kind in ["tar", "parquet"] if what in ("cut in a picture", "no bytes", "a shard is missing") else ["tar"]:
+        write_shards(captioned, tmp_path / kind / "shards", kind, 4)
+        if what == "a large group":
+            monkeypatch.setattr(sh, "GROUP_BYTES", 20_000)
+        place = spoil_shards(what, tmp_path / kind / "shards", tmp_path)
+        with pytest.raises(InputError, match=SPOILED[what].format(kind=kind)):
+            read_manifest(place)
+
+
 def test_tar_shards_are_webdatasets(manifest, tmp_path):
     """Files of one key stand together, picture before words, as webdataset groups them."""
     import tarfile
@@ -517,6 +764,9 @@ def test_wrong_manifests_are_refused(tmp_path, manifest):
         read_items(path)
     with pytest.raises(InputError, match="no shards in this folder"):
         list(read_shards(tmp_path))
-    with pytest.raises(InputError, match="no such picture"):
+    with pytest.raises(InputError, match="gone.png: no such picture"):
         write_shards([Item(str(tmp_path / "gone.png"), "Make it red")], tmp_path / "s")
+    (tmp_path / "half.png").write_bytes(b"\x89PNG and then nothing")
+    with pytest.raises(InputError, match="half.png: not a picture"):
+        write_shards([*read_items(manifest), Item(str(tmp_path / "half.png"), "Make it red")], tmp_path / "s")
     assert not (tmp_path / "s").exists()

@@ -26,16 +26,18 @@ from vlmedit.cli import main, read_settings, typed
 from vlmedit.data import rng_for
 from vlmedit.flow import few_step_times, guide, sample
 from vlmedit.judging import judge_loss
+from vlmedit.models.pipeline import to_pixels
 from vlmedit.pictures import InputError
 from vlmedit.real import loading, plan, train
 from vlmedit.real.backbones import pack, unpack
 from vlmedit.real.cache import PromptCache, pipeline_encoder
-from vlmedit.real.datasets import read_items, write_shards
-from vlmedit.real.export import ZIMAGE, export, push_to_hub
+from vlmedit.real.datasets import read_items
+from vlmedit.real.export import ABOUT, CODE, export, push_to_hub
 from vlmedit.real.feed import Feed, Order, book_of, load_fitted, nearest, read_manifest
-from vlmedit.real.rehearsal import made
+from vlmedit.real.rehearsal import PIPELINES, made
 from vlmedit.real.requests import Book
 from vlmedit.real.settings import CONFIGS, CopyConfig, RealConfig, find_config, shipped
+from vlmedit.real.shards import write_shards
 from vlmedit.real.train import Guided, RealEdit, Setup, Waiting, train_copy, train_real
 from vlmedit.train.config import ConfigError
 
@@ -58,10 +60,21 @@ def settings(places, tmp_path):
 
     def make(backbone="z-image", **overrides) -> dict:
         text = str(places["folder"] / f"text-{Path(backbone).name}-{overrides.get('precision', 'no')}")
+        if backbone in PIPELINES and backbone not in places:
+            places[backbone] = made(f"tiny:{backbone}", places["folder"], "backbone")
         own = dict(backbone=places.get(backbone, backbone), judge=[places["judge"]], data=places["data"], text_cache=text, out=str(tmp_path / "run"), trackers=[])
         return {**base, **own, **overrides}
 
     return make
+
+
+def parquet_of(manifest: str) -> str:
+    """The manifest as parquet shards, where parquet can be written."""
+    if not importlib.util.find_spec("pyarrow"):
+        return manifest
+    out = Path(manifest).parent / "parquet"
+    write_shards(read_items(manifest), out, "parquet")
+    return str(out)
 
 
 def config_of(given: dict, config_class=RealConfig) -> RealConfig:
@@ -104,10 +117,11 @@ def test_a_run_from_the_command_line(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("backbone, roles", [("z-image", "adapters"), ("flux", "modules")])
-def test_a_resumed_run_is_the_uninterrupted_one(settings, tmp_path, backbone, roles):
-    """Killed in the third update of three, with a checkpoint every two: weights of both roles, average, moments and data position end bit for
+def test_a_resumed_run_is_the_uninterrupted_one(settings, places, tmp_path, backbone, roles):
+    """Killed in the third update of three, with a checkpoint every two, on a manifest and on parquet shards: weights of both roles, average, moments and data position end bit for
     bit as those of a run without interruption."""
-    given = settings(backbone, roles=roles, steps=3, batch=1, accumulate=2, fake_rollouts="shared" if roles == "modules" else "fresh", strip_every=100)
+    data = parquet_of(places["data"]) if roles == "modules" else places["data"]
+    given = settings(backbone, data=data, roles=roles, steps=3, batch=1, accumulate=2, fake_rollouts="shared" if roles == "modules" else "fresh", strip_every=100)
     for name in ("whole", "killed"):
         config = config_of({**given, "out": str(tmp_path / name)})
         for step in train_real(config):
@@ -160,7 +174,8 @@ def test_two_processes_train_as_one(settings, places, tmp_path):
     weights of one process that accumulates their two batches (to 2 % of the farthest weight's way; norms to 1e-4). Every trained weight was
     sharded, and one process alone on half the batches ends elsewhere."""
     files, kinds = [], ("modules", "adapters")
-    common = {kind: settings("flux", roles=kind, steps=2, batch=1, buckets=["64x64"], ema=0.5, save_every=1) for kind in kinds}
+    data = {"modules": places["data"], "adapters": parquet_of(places["data"])}  # one shard for two processes
+    common = {kind: settings("flux", data=data[kind], roles=kind, steps=2, batch=1, buckets=["64x64"], ema=0.5, save_every=1) for kind in kinds}
     for kind in kinds:
         given = {**common[kind], "sharding": "fsdp2", "out": str(tmp_path / f"{kind}-two")}
         files.append(tmp_path / f"{kind}.json")
@@ -338,13 +353,30 @@ def test_processes_split_one_order(places, settings):
         assert all(torch.equal(a.reference, b.reference) and a.types == b.types for (_, a), (_, b) in zip(whole, split))
 
 
-def test_shards_and_parquet_are_the_same_rows(places, tmp_path):
-    """Tar shards are read in place and give the manifest's pictures and requests; so does a table of paths."""
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_shards_are_the_manifest(places, settings, tmp_path, kind):
+    """Shards are read in place, and give the manifest's requests and pictures; more processes than shards split their rows, and each gets,
+    from a position in the middle, the batches that it gets from the manifest."""
+    kind == "tar" or pytest.importorskip("pyarrow")
+    rows, config = read_manifest(places["data"]), config_of(settings(batch=2))
+    write_shards(read_items(places["data"]), tmp_path / "shards", kind, per_shard=len(rows) - 1)
+    packed = read_manifest(tmp_path / "shards")
+    assert [r.request for r in packed] == [r.request for r in rows] and not {type(r.image) for r in packed} & {type(r.image) for r in rows}
+    for rank in range(3):
+        plain, feed, again = (Feed(r, config, book_of(rows), Book(), rank, 3) for r in (rows, packed, packed))
+        plain.parts(0), feed.parts(0)
+        again.order.load_state_dict(feed.order.state_dict())
+        expected = plain.parts(1)
+        for other in (feed, again):
+            for (n, a), (m, b) in zip(expected, other.parts(1), strict=True):
+                assert n == m and a.types == b.types and torch.equal(a.reference, b.reference) and torch.equal(a.instruction, b.instruction)
+    fewer = Feed(packed[1:], config, book_of(rows), Book())
+    with pytest.raises(InputError, match=f"stopped with {len(rows)} rows of data .* finds {len(rows) - 1} .*name a new out folder"):
+        fewer.order.load_state_dict(feed.order.state_dict())
+
+
+def test_a_table_of_paths_is_a_manifest(places):
     rows = read_manifest(places["data"])
-    write_shards(read_items(places["data"]), tmp_path / "tar", "tar", per_shard=5)
-    packed = read_manifest(tmp_path / "tar")
-    assert [r.request for r in packed] == [r.request for r in rows]
-    assert all(torch.equal(load_fitted(a.image, (64, 64)), load_fitted(b.image, (64, 64))) for a, b in zip(rows, packed))
     pandas, _ = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
     lines = [json.loads(line) for line in Path(places["data"]).read_text().splitlines()]
     pandas.DataFrame(lines).to_parquet(Path(places["data"]).parent / "train.parquet")
@@ -503,7 +535,10 @@ def spoil(places, tmp_path, what) -> dict:
         change("transformer/config.json", _class_name="LuminaNextDiT2DModel")
     elif what == "pipeline as code":
         copy("z-image")
-        change("model_index.json", transformer=["pipeline.py", "MyTransformer"])
+        change("model_index.json", transformer=["mine", "MyTransformer"], _class_name=["words", "MyPipeline"])
+    elif what == "backbone as code":
+        copy("z-image")
+        change("vae/config.json", auto_map={"AutoModel": "mine.Mine"})
     elif what == "judge as code":
         copy("judge")
         change("config.json", architectures=["InternVLChatModel"], auto_map={"AutoModel": "modeling.InternVLChatModel"})
@@ -537,7 +572,8 @@ BAD = {
     "half a backbone": r"half a model, it lacks its weights .*; download it again",
     "half an index": r"it lacks diffusion_pytorch_model-00002-of-00002.safetensors; download it again",
     "unknown class": r"no adapter for LuminaNextDiT2DModel; known: FluxTransformer2DModel",
-    "pipeline as code": r"pipeline of its own as code, which is not run",
+    "pipeline as code": r"code of its own \(transformer, pipeline\), which is not run",
+    "backbone as code": r"code of its own \(vae\), which is not run; .*trust_remote_code=true",
     "judge as code": r"InternVLChatModel, code of its own, which is not run; .*-hf",
     "no single token": r"writes 'Yes' as 3 tokens",
     "no captions": r"no caption and no target_caption",
@@ -557,6 +593,27 @@ def test_bad_input_is_one_message_before_any_weight(settings, places, tmp_path, 
     assert main(["train", "npedit", "--config", str(tmp_path / "s.yaml")]) == 2
     said = capsys.readouterr().err
     assert re.search(BAD[what], said) and "Traceback" not in said
+
+
+def test_trusted_code_is_run(settings, places, tmp_path):
+    """With trust_remote_code the transformer and the pipeline that encodes the prompts are the classes that came with the folder."""
+    half = shutil.copytree(places["z-image"], tmp_path / "half")
+    (half / "transformer/mine.py").write_text("from diffusers import ZImageTransformer2DModel as Stock\n\n\nclass ZImageTransformer2DModel(Stock):\n    mine = True\n")
+    code = "from pathlib import Path\n\nfrom diffusers import ZImagePipeline\n\n\nclass ZImageWords(ZImagePipeline):\n    def encode_prompt(self, *args, **kwargs):\n"
+    (half / "words.py").write_text(f"{code}        Path({str(tmp_path / 'ran')!r}).touch()\n        return super().encode_prompt(*args, **kwargs)\n")
+    for file, more in (("transformer/config.json", {"auto_map": {"AutoModel": "mine.ZImageTransformer2DModel"}}), ("model_index.json", {"_class_name": ["words", "ZImageWords"]})):
+        (half / file).write_text(json.dumps({**json.loads((half / file).read_text()), **more}))
+    given = settings(str(half), text_cache=str(tmp_path / "text"))
+    with pytest.raises(InputError, match=r"code of its own \(transformer, pipeline\)"):
+        train.check(config_of(given))
+    config = config_of({**given, "trust_remote_code": True})
+    train.check(config)
+    setup = Setup(config)
+    assert setup.roles.student.shared.transformer.mine and (tmp_path / "ran").exists()
+    setup.finish(setup.roles.student, None)
+    config.save(tmp_path / "run/config.json")
+    with pytest.raises(InputError, match="a run on it is not exported"):
+        export(tmp_path / "run", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -612,62 +669,90 @@ def finished(settings, tmp_path, backbone: str, **overrides):
     return setup, student
 
 
+WAYS = {  # from our latents to the layout in which diffusers' own pipelines keep them, and back
+    "flux": (pack, lambda z, side: unpack(z, side, side)),
+    "flux2": (lambda z: z.flatten(2).transpose(1, 2), lambda z, side: z.transpose(1, 2).unflatten(2, (side, side))),
+}
+
+
 @torch.no_grad()
-def own_sampler(setup, student, picture, words: str, packed: bool):
-    """Our sampler from the global generator, in the layout in which the pipeline draws its noise."""
-    encode = pipeline_encoder(setup.config.backbone, torch.device("cpu"), torch.float32, 64)
-    text = encode([words])(torch.tensor([0]))
+def own_sampler(setup, student, picture, words: str, seed: int):
+    """Our sampler from the global generator, its state in the layout in which the pipeline draws its noise."""
+    config = setup.config
+    text = pipeline_encoder(config.backbone, torch.device("cpu"), torch.float32, config.text_length)([words])(torch.tensor([0]))
     reference = setup.codec.encode(picture)
-    times = few_step_times(setup.config.sampler_steps, setup.config.sampler_shift)
-    ways = (pack, lambda z: unpack(z, *reference.shape[-2:])) if packed else (lambda z: z, lambda z: z)
-    start = torch.randn(ways[0](reference).shape)
-    velocity = lambda x, t: ways[0](student(ways[1](x), t, text, reference))
-    return start, setup.codec.decode(ways[1](sample(velocity, start, times, "renoise")))
+    to, back = WAYS.get(Path(config.backbone).name, (lambda z: z, lambda z, side: z))
+    side = reference.shape[-1]
+    torch.manual_seed(seed)
+    start = torch.randn(reference.shape) if "flux2" in config.backbone else torch.randn(to(reference).shape)
+    velocity = lambda x, t: to(student(back(x, side), t, text, reference))
+    begin = to(start) if "flux2" in config.backbone else start
+    return start, setup.codec.decode(back(sample(velocity, begin, few_step_times(config.sampler_steps, config.sampler_shift), "renoise"), side))
 
 
-@pytest.mark.parametrize("backbone, roles, omni", [("flux", "modules", False), ("flux", "adapters", False), ("z-image", "adapters", False), ("z-image", "modules", True)])
-def test_the_exported_pipeline_draws_what_we_draw(settings, tmp_path, monkeypatch, backbone, roles, omni):
+EXPORTED = [("flux", "modules"), ("flux", "adapters"), ("flux2", "adapters"), ("z-image", "adapters"), ("z-image", "modules"), ("qwen-image", "adapters"), ("sd3", "adapters"), ("sana", "modules")]
+
+
+@pytest.mark.parametrize("backbone, roles", EXPORTED)
+def test_the_exported_pipeline_draws_what_we_draw(settings, tmp_path, backbone, roles):
     """Loaded by diffusers from its folder, with its own text encoder, the pipeline's four steps give our sampler's picture from the same
-    noise (to 1e-4 of [0, 1]), and not that of the backbone as it was; its adapter on the untouched backbone gives it too."""
-    setup, student = finished(settings, tmp_path, backbone, roles=roles, omni=omni)
+    noise (to 1e-4 of [0, 1]), not that of other words, nor that of the backbone as it was; its adapter on the untouched backbone gives it
+    too, where the backbone has room for a reference. Z-Image as modules is omni."""
+    words, length = "make it red", 160 if backbone == "qwen-image" else 64  # tokens: its template alone has more than 64 of the tiny tokenizer's
+    setup, student = finished(settings, tmp_path, backbone, roles=roles, omni=(backbone, roles) == ("z-image", "modules"), text_length=length)
     folder = export(tmp_path / "run", tmp_path / "out", dtype=torch.float32)
-    picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    torch.manual_seed(5)
-    start, expected = own_sampler(setup, student, picture, "make it red", packed=backbone == "flux")
+    picture = Image.fromarray(torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).numpy())
+    start, expected = own_sampler(setup, student, to_pixels(picture, 64), words, 5)
 
-    def drawn(pipeline):
+    def drawn(pipeline, words=words):
         pipeline.set_progress_bar_config(disable=True)
         torch.manual_seed(5)
         torch.randn(start.shape)
-        if backbone == "flux":
-            return pipeline(
-                image=(picture + 1) / 2, prompt="make it red", num_inference_steps=4, guidance_scale=1.0, height=64, width=64, max_area=64 * 64,
-                _auto_resize=False, latents=start, max_sequence_length=64, output_type="pt",
-            ).images  # fmt: skip
-        return pipeline((picture + 1) / 2, "make it red", latents=start, max_sequence_length=64, output_type="pt").images
+        sizes = dict(height=64, width=64, guidance_scale=1.0, num_inference_steps=4, max_sequence_length=length) if backbone in WAYS else {}
+        sizes |= dict(max_area=64 * 64, _auto_resize=False) if backbone == "flux" else {}
+        return pipeline(image=picture, prompt=words, latents=start, output_type="pt", **sizes).images
 
-    custom = dict(custom_pipeline=str(folder), trust_remote_code=True) if backbone == "z-image" else {}
-    monkeypatch.delitem(sys.modules, "diffusers_modules.local.pipeline", raising=False)  # diffusers adds to the last folder's code instead of replacing it
-    loaded = DiffusionPipeline.from_pretrained(folder, **custom)
+    loaded = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     want = ((expected + 1) / 2).clamp(0, 1)
     assert (drawn(loaded) - want).abs().max() < 1e-4 and 0.01 < want.std()
-    assert not type(loaded).__module__.startswith("vlmedit")
-    stock = DiffusionPipeline.from_pretrained(setup.config.backbone, **custom)
-    stock.scheduler = loaded.scheduler
-    assert (drawn(stock) - want).abs().max() > 1e-3
-    if roles == "adapters":
-        adapter = export(tmp_path / "run", tmp_path / "adapter", "adapter")
-        stock.load_lora_weights(adapter)
-        assert (drawn(stock) - want).abs().max() < 1e-4
+    assert (drawn(loaded, "a house") - want).abs().max() > 1e-4
+    assert not type(loaded).__module__.startswith("vlmedit") and json.loads((folder / ABOUT).read_text())["transformer"] == type(loaded.transformer).__name__
     text = (folder / "README.md").read_text()
     assert "library_name: diffusers" in text and "from_pretrained" in text and str(tmp_path) not in text
+    if roles == "adapters" and backbone == "sd3":
+        with pytest.raises(InputError, match="widened for the reference"):
+            export(tmp_path / "run", tmp_path / "adapter", "adapter")
+    elif roles == "adapters":
+        adapter = export(tmp_path / "run", tmp_path / "adapter", "adapter")
+        custom = {} if backbone in WAYS else dict(custom_pipeline=str(adapter / CODE.name), trust_remote_code=True)
+        stock = DiffusionPipeline.from_pretrained(setup.config.backbone, **custom)
+        stock.scheduler = loaded.scheduler
+        assert (drawn(stock) - want).abs().max() > 1e-3
+        with pytest.raises(InputError, match="a folder that nobody else has"):
+            push_to_hub(adapter, "nobody/editor")
+        stock.load_lora_weights(adapter)
+        assert (drawn(stock) - want).abs().max() < 1e-4
+
+
+def test_exported_code_and_the_miniatures_load_in_one_process(settings, tmp_path, folder):
+    """diffusers keeps a folder's code under the name of its file: the miniature's and ours have different names, so each loads after the other."""
+    from vlmedit.models.pipeline import assemble
+
+    assemble(folder / "student", None).save_pretrained(tmp_path / "shapes")
+    finished(settings, tmp_path, "z-image")
+    export(tmp_path / "run", tmp_path / "out", dtype=torch.float32)
+    names = []
+    for _ in range(2):
+        names.append(type(DiffusionPipeline.from_pretrained(tmp_path / "shapes", custom_pipeline="pipeline", trust_remote_code=True)).__name__)
+        names.append(type(DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)).__name__)
+    assert names == ["EditPipeline", "FewStepEditPipeline"] * 2
 
 
 def test_the_pipeline_file_needs_diffusers_alone():
     """What is copied beside the weights imports torch and diffusers only."""
-    tree = ast.parse(ZIMAGE.read_text())
+    tree = ast.parse(CODE.read_text())
     names = {(n.module or "") if isinstance(n, ast.ImportFrom) else n.names[0].name for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))}
-    assert {n.split(".")[0] for n in names} == {"torch", "diffusers"}
+    assert {n.split(".")[0] for n in names} == {"inspect", "torch", "diffusers"}
 
 
 def test_what_cannot_be_exported_or_pushed(settings, tmp_path, capsys):

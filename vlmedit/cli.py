@@ -29,6 +29,7 @@ from vlmedit.world.language import UnknownInstruction
 
 BAD_INPUT, INTERRUPTED = 2, 130
 RUN_BYTES = 200 * 2**20  # disk space of a training run
+MOST_SIDE = 4096  # pixels at which a real model may work
 JsonFile = Annotated[Path | None, arg(name="json", metavar="FILE", help="Also write the result as JSON.")]
 Tier = Literal["smoke", "laptop", "gpu"]
 
@@ -91,64 +92,115 @@ def edit(
     *,
     out: Path,
     report: bool = False,
-    steps: int = 4,
+    steps: int | None = None,
     seed: int = 0,
     num_samples: int = 1,
     best_of: int = 0,
     model: str = "shapes",
+    judge: str = "",
+    side: int | None = None,
+    skip_existing: bool = False,
     force: bool = False,
+    trust_remote_code: bool = False,
     json: JsonFile = None,
 ) -> int:
     """Edit a picture, a folder of pictures or a .jsonl manifest by instruction.
 
-    The model works at 32 x 32 pixels: the input is padded to a square with its border's color and scaled down, and the edit
-    is scaled back to the input's size, without its finest detail.
+    The shipped model works at 32 x 32 pixels: the input is padded to a square with its border's color and scaled down, and the edit
+    is scaled back to the input's size, without its finest detail. A real model (what `vlmedit export` wrote) takes any picture and any
+    instruction: it works at as many pixels as it was trained at, or at --side, and the edit has the input's size too.
 
     Args:
         input: A PNG, JPEG or WebP picture, a folder of them, or a manifest of {"image": ..., "instruction": ...} lines.
         instruction: What to do, for example "make the circle red"; none for a manifest.
         out: The edited picture, or a folder when the input is a folder or a manifest.
         report: Also write, next to each edit, the judge's answers (.json) and a strip (-strip.png).
-        steps: Network calls of the sampler.
+        steps: Network calls of the sampler; by default 4, or what a real model was trained with.
         seed: Of the noise; a picture's result does not depend on the others.
         num_samples: Edits to draw of each picture, numbered -1, -2, ...
         best_of: Draw that many and keep the one the judge likes best; 0 draws one without asking.
-        model: "shapes" (shipped) or the folder of a saved pipeline or training run.
-        force: Try edits that the picture seems not to allow.
+        model: "shapes" (shipped), the folder of a saved pipeline or training run, or what `vlmedit export` wrote: its folder or id.
+        judge: Of a real model, for --report and --best-of: a vision-language model by folder or id.
+        side: Pixels of the longer side at which a real model works.
+        skip_existing: Leave alone what is edited already, to go on with a folder that was stopped.
+        force: Try edits that the picture seems not to allow; a real model tries all.
+        trust_remote_code: Run code that comes with a real model and is not the file that `vlmedit export` writes.
     """
-    from vlmedit.jobs import carry_out, load_pipeline, model_side, prepare
+    from vlmedit.jobs import carry_out, find_exported, load_pipeline, model_side, prepare
 
-    problems = _at_least(steps=(steps, 1), seed=(seed, 0), num_samples=(num_samples, 1), best_of=(best_of, 0)) + _check_json(json)
+    given = dict(steps=(steps, 1), seed=(seed, 0), num_samples=(num_samples, 1), best_of=(best_of, 0), side=(side, 16))
+    problems = _at_least(**{k: v for k, v in given.items() if v[0] is not None}) + _check_json(json)
     if best_of and num_samples > 1:
         problems.append(f"--best-of {best_of} keeps one edit and --num-samples {num_samples} keeps all; choose one of them")
-    side = 32
-    try:
-        side = model_side(model)
-    except InputError as error:
-        problems += error.problems
+    exported, view, fitted = find_exported(model, trust_remote_code), 32, None
+    problems += _unusable(model, exported is not None, best_of, judge, side, force, trust_remote_code)
+    if exported and judge and not (report or best_of):
+        problems.append(f"--judge {judge}: it is asked for --report or --best-of alone; add one of them, or leave it out")
+    if exported:
+        from vlmedit.real import editor
+
+        fitted = lambda path: editor.fit(exported, path, side)
+    else:
+        try:
+            view = model_side(model)
+        except InputError as error:
+            problems += error.problems
     hint, jobs = "", []
     try:
-        jobs = prepare(input, instruction, out, side, num_samples, report, force)
+        jobs = prepare(input, instruction, out, view, num_samples, report, force, fitted)
     except InputError as error:
         problems, hint = [*error.problems, *problems], error.hint
     if problems:
         raise InputError(problems, hint)
-    pipe = load_pipeline(model)
-    if pipe.judge is None and (report or best_of):
-        raise InputError(f"--model {model}: it has no judge; leave out {'--report' if report else '--best-of'}")
+    done = [skip_existing and job.is_done(report) for job in jobs]
+    if all(done):
+        _say(f"nothing left to do: every edit is in {out}")
+        pipe = None
+    elif exported:
+        from vlmedit.models.pipeline import quiet
+        from vlmedit.real.judges import load_judge
+
+        with quiet():
+            seen = load_model(load_judge, "--judge", judge) if judge else None
+        pipe = editor.load(exported, seen)
+    else:
+        pipe = load_pipeline(model)
+        if pipe.judge is None and (report or best_of):
+            raise InputError(f"--model {model}: it has no judge; leave out {'--report' if report else '--best-of'}")
     began, records = time.time(), []
+    steps = steps or (exported.steps if exported else 4)
     with _progress() as progress:
         task = progress.add_task("edits", total=len(jobs), note="")
-        for job in jobs:
-            records.append(carry_out(pipe, job, steps, seed, best_of, report))
+        for job, known in zip(jobs, done):
+            if not known:
+                records.append(carry_out(pipe, job, steps, seed, best_of, report))
+            else:
+                records.append({"input": str(job.picture.path), "instruction": job.instruction, "outputs": [str(p) for p in job.outputs], "skipped": True})
             progress.advance(task)
     if json:
-        save_json({"model": model, "edits": records, "seconds": round(time.time() - began, 3)}, json)
+        save_json({"model": model, **({"judge": judge} if judge else {}), "edits": records, "seconds": round(time.time() - began, 3)}, json)
     for record in records:
-        judge = record.get("judge")
-        odds = f"  P(edit made) {max(judge['p_edit']):.2f}  P(rest kept) {max(judge['p_identity']):.2f}" if judge and len(judge["p_edit"]) == 1 else ""
-        print(f"{', '.join(record['outputs'])}{odds}")
+        found = record.get("judge")
+        odds = f"  P(edit made) {max(found['p_edit']):.2f}  P(rest kept) {max(found['p_identity']):.2f}" if found and len(found["p_edit"]) == 1 else ""
+        print(f"{', '.join(record['outputs'])}{odds}{'  (there already)' if 'skipped' in record else ''}")
     return 0
+
+
+def _unusable(model: str, real: bool, best_of: int, judge: str, side: int | None, force: bool, trust: bool) -> list[str]:
+    """Options of `edit` that this model cannot use."""
+    if real:
+        problems = [f"--force: {model} is a real model, which tries every edit; leave it out"] if force else []
+        if side and side > MOST_SIDE:
+            problems.append(f"--side is {side}; a real model works at {MOST_SIDE} pixels at most")
+        if best_of and not judge:
+            problems.append(f"--best-of {best_of}: {model} has no judge of its own; name one, for example --judge Qwen/Qwen2.5-VL-7B-Instruct")
+        if judge:
+            from vlmedit.real.loading import check_judge
+
+            problems += [f"--{problem}" for problem in check_judge(judge)]
+        return problems
+    options = {"--judge": judge, "--side": side, "--trust-remote-code": trust}
+    return [f"{option}: {model} is no real model that vlmedit export wrote; leave it out" for option, value in options.items() if value]
 
 
 def evaluate(
@@ -419,8 +471,8 @@ def data(
     """Write example training data of the miniature, or make unpaired data for real models out of pictures.
 
     examples: pictures, a data.jsonl (a manifest that `vlmedit edit` reads) and a contact sheet. prepare FOLDER: a vision-language model
-    proposes, checks and captions edits of the folder's pictures; the same command goes on where it was stopped. shards MANIFEST: a
-    manifest and its pictures as tar or parquet files.
+    proposes, checks and captions edits of the folder's pictures; the same command goes on where it was stopped, and under accelerate launch
+    or torchrun each process does its part. shards MANIFEST: a manifest and its pictures as tar or parquet files, which training reads as they are.
 
     Args:
         action: examples (default), prepare or shards.
@@ -437,7 +489,7 @@ def data(
         per_picture: prepare: instructions proposed per picture.
         repeats: prepare: how often one instruction may come altogether.
         batch: prepare: pictures at a time.
-        kind: shards: tar (as webdataset reads them) or parquet.
+        kind: shards: tar (as webdataset reads them) or parquet (as Hugging Face datasets does).
         per_shard: shards: pictures per file.
     """
     _raise(_at_least(n=(n, 1), seed=(seed, 0), side=(side or 16, 16), batch=(batch, 1), repeats=(repeats, 1), per_shard=(per_shard, 1)) + _check_json(json))
@@ -447,7 +499,7 @@ def data(
             raise InputError(f"data {action} needs {'a folder of pictures' if action == 'prepare' else 'a manifest'}: vlmedit data {action} SOURCE --out {out}")
         words = tuple(w.strip() for text in kinds for w in text.split(",") if w.strip())
         result = data_shards(source, out, kind, per_shard) if action == "shards" else data_prepare(source, out, vlm, llm, layout, words, per_picture, side or 512, seed, batch, repeats)
-        if json:
+        if json and result:  # of several processes the first one tells
             save_json(result, json)
         return 0
     if source is not None:
@@ -467,7 +519,8 @@ def data(
 
 def data_shards(manifest: Path, out: Path, kind: str, per_shard: int) -> dict:
     """Pack a manifest."""
-    from vlmedit.real.datasets import read_items, write_shards
+    from vlmedit.real.datasets import read_items
+    from vlmedit.real.shards import write_shards
 
     items = read_items(manifest)
     paths = write_shards(items, out, kind, per_shard)
@@ -476,33 +529,41 @@ def data_shards(manifest: Path, out: Path, kind: str, per_shard: int) -> dict:
 
 
 def load_model(load, option: str, folder: str, half: bool = True):
-    """A model by folder or id, on a GPU where there is one (in bf16 if `half`); what is wrong with it as `InputError`."""
+    """A model by folder or id, on this process's GPU where there is one (in bf16 if `half`); what is wrong with it as `InputError`."""
     import torch
 
+    here, count = max(0, int(os.environ.get("LOCAL_RANK", 0))), torch.cuda.device_count()
+    if count and here >= count:
+        raise InputError(f"process {here} of this machine has no GPU, there {'is' if count == 1 else 'are'} {count}; start at most one process per GPU")
     try:
-        if not torch.cuda.is_available():
+        if not count:
             return load(folder)
-        return load(folder, **({"dtype": torch.bfloat16} if half else {})).to("cuda")
+        return load(folder, **({"dtype": torch.bfloat16} if half else {})).to(f"cuda:{here}")
     except (ValueError, FileNotFoundError) as error:
         raise InputError(f"{option} {folder}: {error}") from error
 
 
 def data_prepare(source: Path, out: Path, vlm: str, llm: str, layout: str, kinds: tuple[str, ...], per_picture: int, side: int, seed: int, batch: int, repeats: int) -> dict:
-    """Make a manifest of a folder of pictures."""
+    """Make a manifest of a folder of pictures; under a launcher every process does its part, and the first one makes the manifest."""
     if not vlm:
         raise InputError("--vlm is missing: name a vision-language model by folder or id, for example --vlm Qwen/Qwen2.5-VL-7B-Instruct")
-    from vlmedit.real.datasets import read_dataset
+    from accelerate.utils.environment import get_cpu_distributed_information
+
+    from vlmedit.real.datasets import check_dataset
     from vlmedit.real.prepare import KINDS, Settings, prepare
     from vlmedit.real.writers import load_writer
 
     settings = Settings(str(source), layout, vlm, llm or None, kinds or tuple(KINDS), per_picture, side, seed)
-    next(read_dataset(source, layout))  # before any weight is read
+    launched = get_cpu_distributed_information()  # of any launcher, by its environment; there is nothing to exchange
+    check_dataset(source, layout)
     writer = load_model(load_writer, "--vlm", vlm)
     scribe = load_model(load_writer, "--llm", llm) if llm else None
     with _progress() as progress:
-        task = progress.add_task("pictures", total=None, note="")
-        for step in prepare(out, settings, writer, scribe, batch, repeats):
+        task = progress.add_task("pictures", total=None, note="", visible=launched.rank == 0)
+        for step in prepare(out, settings, writer, scribe, batch, repeats, launched.rank, launched.world_size):
             progress.update(task, completed=step.pictures, note=f"{step.kept} kept, {step.refused} refused")
+    if launched.rank:
+        return {}
     report = read_json(out / "report.json")
     print(f"{report['kept']} requests of {report['pictures']} pictures in {out / 'manifest.jsonl'}; {report['refused']} refusals, see {out / 'report.html'}")
     return report

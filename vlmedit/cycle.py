@@ -83,7 +83,7 @@ class CycleBatch(Batch):
 def cycle_batch(batch: int, side: int, *seed, kinds=None, pool: int | None = None, settled: float = 0.0) -> CycleBatch:
     """The requests that `unpaired_batch` draws from the same arguments, and how to undo each."""
     rng, kinds = rng_for("unpaired", *seed), kinds or EDIT_SHARES
-    draw = lambda: sample_example(rng if pool is None else rng_for("pool", rng.randrange(pool)), kinds)
+    draw = lambda: sample_example(rng if pool is None else rng_for("pool", *seed[:1], rng.randrange(pool)), kinds)
     examples = [draw() for _ in range(batch)]
     examples = [settle(e, rng) if settled and e.edit.type in SETTLED_TYPES and rng.random() < settled else e for e in examples]
     request, words = batch_of(examples, references(examples, side, rng)), []

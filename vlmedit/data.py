@@ -173,14 +173,14 @@ def settle(example: Example, rng: random.Random) -> Example:
 
 
 def unpaired_batch(batch: int, side: int, *seed, kinds=None, pool: int | None = None, settled: float = 0.0) -> UnpairedBatch:
-    """Requests without targets. `pool` limits the data to that many distinct examples (for data studies); `settled` is the
-    share that asks for what is so already, and is then a "do nothing" in the words of a real request."""
+    """Requests without targets. `pool` limits the data to that many distinct examples, drawn with replacement (for data studies); the first
+    part of the seed, a run's own, says which. `settled` is the share that asks for what is so already, and is then a "do nothing" in the words of a real request."""
     rng = rng_for("unpaired", *seed)
     kinds = kinds or EDIT_SHARES
     if pool is None:
         examples = [sample_example(rng, kinds) for _ in range(batch)]
     else:
-        examples = [sample_example(rng_for("pool", rng.randrange(pool)), kinds) for _ in range(batch)]
+        examples = [sample_example(rng_for("pool", *seed[:1], rng.randrange(pool)), kinds) for _ in range(batch)]
     examples = [settle(e, rng) if settled and e.edit.type in SETTLED_TYPES and rng.random() < settled else e for e in examples]
     return batch_of(examples, references(examples, side, rng))
 

@@ -149,8 +149,8 @@ def ask_judge(judge: JudgeModel, examples: Sequence[Example], reference: Tensor,
     return torch.cat([right_answers(judge, examples[part], reference[part], output[part]).cpu() for part in parts], 1)
 
 
-def summary(judged: Judged, judge: JudgeModel | None) -> dict:
-    """Oracle metrics of judged outputs, and what the judge thinks of them."""
+def summary(judged: Judged, *judges: JudgeModel) -> dict:
+    """Oracle metrics of judged outputs, with the standard errors of PSNRs over edits, and what the judges think of them, on average."""
     examples, n = judged.examples, len(judged.examples)
     by_type = defaultdict(list)
     for example, value in zip(examples, judged.success.tolist()):
@@ -164,8 +164,12 @@ def summary(judged: Judged, judge: JudgeModel | None) -> dict:
         "keep_psnr": judged.keep_psnr.nanmean().item(),
         "manifold_psnr": judged.manifold_psnr.mean().item(),
     }
-    if judge is not None:
-        p = ask_judge(judge, examples, judged.reference, judged.output)
+    for name in ("keep_psnr", "manifold_psnr"):
+        values = getattr(judged, name)
+        values = values[values.isfinite()]
+        metrics[f"{name}_se"] = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
+    if judges:
+        p = torch.stack([ask_judge(judge, examples, judged.reference, judged.output) for judge in judges]).mean(0)
         metrics["judge_p_yes"] = {"edit": p[0].mean().item(), "identity": p[1].mean().item()}
         metrics["hacking_gap"] = p.mean().item() - metrics["success"]
         truth = {"edit": [v.done for v in judged.verdicts], "identity": [v.kept for v in judged.verdicts]}
@@ -183,7 +187,7 @@ def evaluate_student(
     examples = held_out(n, seed, kinds)
     search = dict(judge=judge, particles=particles, strength=strength, noise_steps=noise_steps) if particles > 1 or noise_steps else {}
     judged = judge_by_oracle(examples, *edit_examples(student, examples, steps, seed, sampler, shift, **search))
-    metrics = summary(judged, judge)
+    metrics = summary(judged, *([judge] if judge else []))
     metrics.update(n=n, seed=seed, steps=steps, sampler=sampler, seconds=round(time.perf_counter() - began, 2))
     return metrics, judged
 

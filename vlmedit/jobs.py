@@ -1,7 +1,8 @@
 """What `vlmedit edit` is asked to do: every check of every input before a model is loaded, then the edits and their reports.
 
 A job is one picture, one instruction and the places its results go. `prepare` reports all problems of a folder or a manifest
-at once; where the oracle reads the picture reliably, impossible edits ("there is no circle ...") are among them.
+at once; where the oracle reads the picture reliably, impossible edits ("there is no circle ...") are among them. An exported editor of
+real models [real/editor.py] takes any picture and any words: there the miniature's language and oracle are not asked.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -32,6 +34,7 @@ from vlmedit.pictures import (
 from vlmedit.world.edits import Edit, ImpossibleEdit, check_edit
 from vlmedit.world.language import UnknownInstruction, grammar, parse_instruction
 
+ABOUT = "editor.json"  # what `vlmedit export` says of its folder [real/export.py]
 RELIABLE_PSNR = 22.0  # dB to the oracle's nearest valid render, from which its reading may refuse an edit
 
 
@@ -39,9 +42,9 @@ RELIABLE_PSNR = 22.0  # dB to the oracle's nearest valid render, from which its 
 class Job:
     """One edit to make. `outputs`: one path per sample; the report's paths follow the first."""
 
-    picture: Picture
+    picture: Picture  # or a `Fitted` of real/editor.py
     instruction: str
-    edit: Edit
+    edit: Edit | None  # none where any words are allowed
     source: str
     outputs: tuple[Path, ...]
     stem: Path  # the result's path without a sample number and ending
@@ -54,10 +57,38 @@ class Job:
     def strip(self) -> Path:
         return self.stem.with_name(self.stem.name + "-strip.png")
 
+    def is_done(self, report: bool = False) -> bool:
+        """Whether every file that it writes is there already."""
+        return all(path.is_file() for path in (*self.outputs, *((self.report, self.strip) if report else ())))
+
+
+def find_exported(model: str, trust: bool = False):
+    """The exported editor of real models that a folder or an id of the Hub holds; None for anything else, such as the miniature's. Raises
+    `InputError` for one that cannot be used, and for real models that were not exported."""
+    from vlmedit.real.hub import looks_like_id
+
+    folder = Path(model)
+    if model == "shapes" or not (folder.is_dir() or looks_like_id(model)):
+        return None
+    if looks_like_id(model) or (folder / ABOUT).is_file():
+        from vlmedit.real import editor  # imports every family: not for the miniature
+
+        folder = editor.local(model)
+        if (folder / ABOUT).is_file():
+            return editor.find(model, trust)
+    kept = {name: (folder / name).read_text(errors="replace") for name in ("config.json", "model_index.json") if (folder / name).is_file()}
+    if '"backbone"' in kept.get("config.json", ""):
+        raise InputError(f"--model {model}: a training run of real models; write its editor first (vlmedit export {model} --out FOLDER) and name that folder")
+    if "model_index.json" in kept and '"EditPipeline"' not in kept["model_index.json"] or looks_like_id(model):
+        raise InputError(f"--model {model}: no editor that vlmedit export wrote (it has no {ABOUT}); export a finished run and name its folder or id")
+    return None
+
 
 def model_side(model: str) -> int:
     """Pixels per side of a shipped family or a saved model, from its config alone. Raises `InputError` if there is none."""
     folder = Path(str(files("vlmedit"))) / "checkpoints" / "shapes" / "editor" if model == "shapes" else Path(model)
+    if (folder / ABOUT).is_file():
+        raise InputError(f"--model {model}: an editor of real models, which the oracle of drawn scenes cannot measure; edit pictures with it and use vlmedit bench")
     for config in (folder / "transformer" / "config.json", folder / "config.json", folder / "model" / "config.json"):
         if config.is_file():
             try:
@@ -80,29 +111,32 @@ def load_pipeline(model: str):
         raise InputError(f"--model {model}: cannot be loaded: {error}") from error
 
 
-def prepare(source: Path, instruction: str, out: Path, side: int, samples: int = 1, report: bool = False, force: bool = False) -> list[Job]:
-    """Every job of a picture, a folder or a manifest. Raises one `InputError` with all problems of all of them."""
+def prepare(
+    source: Path, instruction: str, out: Path, side: int, samples: int = 1, report: bool = False, force: bool = False, load: Callable[[Path], Picture] | None = None
+) -> list[Job]:
+    """Every job of a picture, a folder or a manifest. With `load`, which reads a picture for a real model, any words are allowed. Raises
+    one `InputError` with all problems of all of them."""
     requests, problems = gather(source, instruction)
     many = source.is_dir() or source.suffix.lower() == ".jsonl"
-    edits: dict[str, Edit] = {}
+    edits: dict[str, Edit | None] = {}
     pictures: list[Picture | None] = []
     unread = False
     for text in dict.fromkeys(r.instruction for r in requests):
         try:
-            edits[text] = parse_instruction(text)
-        except UnknownInstruction as error:
-            unread = True
+            edits[text] = read_words(text) if load else parse_instruction(text)
+        except (UnknownInstruction, InputError) as error:
+            unread = unread or not load
             where = "" if not many or source.is_dir() else ", ".join(r.source for r in requests if r.instruction == text) + ": "
             problems.append(where + str(error).split("\n")[0])
     for request in requests:
         try:
-            pictures.append(load_picture(request.image, side))
+            pictures.append(load(request.image) if load else load_picture(request.image, side))
         except InputError as error:
             pictures.append(None)
             prefix = "" if request.source == str(request.image) else f"{request.source}: "
             problems += [prefix + p for p in error.problems]
     ready = [(r, p, edits[r.instruction]) for r, p in zip(requests, pictures) if p and r.instruction in edits]
-    if not force:
+    if not force and not load:
         problems += impossible(ready)
     jobs = name_results(ready, out, source, many, samples)
     problems += result_problems(jobs, out, requests, many, report)
@@ -111,6 +145,12 @@ def prepare(source: Path, instruction: str, out: Path, side: int, samples: int =
     raw = sum(3 * j.picture.size[0] * j.picture.size[1] * samples + report * 500_000 for j in jobs)
     check_space(out, raw)
     return jobs
+
+
+def read_words(text: str) -> None:
+    """Any instruction but an empty one."""
+    if not text.strip():
+        raise InputError('the instruction is empty; say what to do, for example "make the dog red"')
 
 
 def impossible(ready: list[tuple[Request, Picture, Edit]]) -> list[str]:
@@ -174,13 +214,13 @@ def carry_out(pipe, job: Job, steps: int, seed: int, best_of: int = 0, report: b
         images, answers = result.images, result.answers
     else:
         images = pipe(view, job.instruction, num_samples=len(job.outputs), **settings).images
-        answers = pipe.ask(view, images, job.instruction) if report else None
+        answers = pipe.ask(view, images, job.instruction) if report and pipe.judge is not None else None
     for image, path in zip(images, job.outputs, strict=True):
         save_picture(job.picture.restore(image), path)
     record = {
         "input": str(job.picture.path),
         "instruction": job.instruction,
-        "edit": {k: v for k, v in dataclasses.asdict(job.edit).items() if v},
+        **({"edit": {k: v for k, v in dataclasses.asdict(job.edit).items() if v}} if job.edit else {"drawn_at": list(view.size)}),
         "outputs": [str(p) for p in job.outputs],
         "steps": steps,
         "seed": seed,
@@ -191,7 +231,7 @@ def carry_out(pipe, job: Job, steps: int, seed: int, best_of: int = 0, report: b
         record["judge"] = judgement(answers)
     if report:
         record["strip"] = str(job.strip)
-        save_picture(report_strip(job, images, record["judge"]), job.strip)
+        save_picture(report_strip(view, job.instruction, images, record.get("judge")), job.strip)
         save_json(record, job.report)
     return record
 
@@ -206,7 +246,16 @@ def judgement(answers) -> dict:
     }
 
 
-def report_strip(job: Job, images: list[Image.Image], judge: dict) -> Image.Image:
-    """Reference and edits as the model sees them, with the judge's probabilities."""
-    labels = [f"P(edit made) {a:.2f}\nP(rest kept) {b:.2f}" for a, b in zip(judge["p_edit"], judge["p_identity"])]
-    return strip([job.picture.view, *images], ["reference", *labels], job.instruction)
+def report_strip(view: Image.Image, instruction: str, images: list[Image.Image], judge: dict | None) -> Image.Image:
+    """Reference and edits as the model sees them, with the judge's probabilities if there is a judge."""
+    labels = [f"P(edit made) {a:.2f}\nP(rest kept) {b:.2f}" for a, b in zip(judge["p_edit"], judge["p_identity"])] if judge else ["edit"] * len(images)
+    return strip([contained(image) for image in (view, *images)], ["reference", *labels], instruction)
+
+
+def contained(image: Image.Image) -> Image.Image:
+    """A picture that is not square, on a white square: a strip's tiles are squares."""
+    if image.width == image.height:
+        return image
+    square = Image.new("RGB", (max(image.size),) * 2, "white")
+    square.paste(image, ((square.width - image.width) // 2, (square.width - image.height) // 2))
+    return square

@@ -9,6 +9,6 @@
 * `budget`: parameters, bytes and FLOPs of an update, counted on the meta device
 * `settings`, `feed`, `cache`, `loading`, `train`, `sharding`: a run, from a YAML file to a trained student, on one GPU or many
 * `plan`: what a run would hold and compute, before anything is loaded
-* `export`: the student as a diffusers pipeline that needs nothing of this package
+* `export`: the student as a diffusers pipeline that needs nothing of this package; `editor`: what `vlmedit edit` makes of it
 * `rehearsal`, `tiny`: the same classes with a few thousand random weights, written to disk, for tests and notebooks
 """

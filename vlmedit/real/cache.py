@@ -115,10 +115,11 @@ class CachedBank(TextBank):
 WORDS_ALONE = {"QwenImageEditPipeline": "QwenImagePipeline", "QwenImageEditPlusPipeline": "QwenImagePipeline"}  # instead of one that shows the encoder pictures
 
 
-def pipeline_encoder(place: str, device: torch.device, dtype: torch.dtype, length: int) -> Callable[[list[str]], TextBank]:
-    """`encode_prompts` through the pipeline at `place`, loaded without transformer and autoencoder."""
+def pipeline_encoder(place: str, device: torch.device, dtype: torch.dtype, length: int, trust: bool = False) -> Callable[[list[str]], TextBank]:
+    """`encode_prompts` through the pipeline at `place`, loaded without transformer and autoencoder. `trust` allows a pipeline of its own as code."""
     name = diffusers.DiffusionPipeline.load_config(place)["_class_name"]
-    pipeline_class = getattr(diffusers, WORDS_ALONE.get(name, "DiffusionPipeline"))
-    pipeline = pipeline_class.from_pretrained(place, transformer=None, vae=None, **{DTYPE: dtype}).to(device)
+    pipeline_class = getattr(diffusers, WORDS_ALONE.get(str(name), "DiffusionPipeline"))  # a list names a class in the folder's own code
+    own = {"trust_remote_code": True} if trust else {}
+    pipeline = pipeline_class.from_pretrained(place, transformer=None, vae=None, **{DTYPE: dtype}, **own).to(device)
     settings = {"max_sequence_length": length} if "max_sequence_length" in inspect.signature(pipeline.encode_prompt).parameters else {}
     return lambda texts: encode_prompts(pipeline, texts, **settings)

@@ -6,40 +6,45 @@ A manifest is JSONL, one request per line: {"image": path, "instruction": str, "
 Readers take a data set's folder as its authors publish it and yield `Found`: the input picture and words. The no-pair rule
 [arXiv:2510.14978, Sec. 3]: an edited picture is never opened, named or decoded. Two traps are in the layouts themselves:
 
-* MagicBrush's second turn starts from the first turn's *result*, somebody's target: only first turns are taken.
+* A second turn, of MagicBrush or of pico-banana, starts from the first turn's *result*, somebody's target: only first turns are taken.
 * A parquet row holds the target beside the input: only the columns of the input and the words are read from the file.
 
 | layout          | files                                                                         | taken                                        |
 |-----------------|-------------------------------------------------------------------------------|----------------------------------------------|
 | folder          | pictures                                                                      | the picture                                  |
-| pico-banana     | *.jsonl of apple/pico-banana-400k, local pictures by `local_input_image`      | `text`, `edit_type`                          |
+| pico-banana     | *.jsonl of apple/pico-banana-400k, single-turn and multi-turn, any depth      | `text`, `edit_type`; first turns             |
 | gpt-image-edit  | JSON of UCSC-VLAA/GPT-Image-Edit-1.5M, both of its formats                    | first of `image` or `input`, the instruction |
 | magicbrush      | edit_sessions.json with images/, or the parquet files of osunlp/MagicBrush    | first turns' `input`, `instruction`          |
 | npedit          | merged_edit_data.json of nupurkmr9/npedit                                     | instruction, type and both captions          |
 | manifest        | a manifest of this module                                                     | everything                                   |
 
-Shards hold the pictures' own bytes: tar files in the layout of webdataset (KEY.jpg beside KEY.json), or parquet (needs pyarrow).
+What a reader passes over it counts, by the reasons in `SKIPPED`. Shards, which hold the pictures' own bytes, are in shards.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import re
-import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from vlmedit.pictures import FORMATS, InputError, disk_errors, write_atomic
+from vlmedit.pictures import FORMATS, InputError, write_atomic
 from vlmedit.real.requests import Request
 
 TYPES = ("add", "remove", "replace", "color", "material", "shape", "background", "style", "action", "text", "other")  # the paper's, and the rest
-SHARDS = ("tar", "parquet")
+SKIPPED = {
+    "later turn": "the instruction is for an earlier edit's result, which is a target",
+    "no words": "the row has no instruction",
+    "no input": "the row names no input picture",
+}
 CHUNK = 2**20  # characters of a JSON file read at a time
 
 # the first pattern that fits names the type; data sets' own names and instructions both go through it
@@ -160,6 +165,7 @@ def write_items(items: Iterable[Item], path: Path) -> None:
 def json_rows(path: Path) -> Iterator[dict]:
     """The objects of a JSONL file or of one JSON array, read piece by piece: arrays of a million rows do not fit a small memory."""
     decoder, buffer, end = json.JSONDecoder(), "", False
+    _check_ends(path)
     with open(path, encoding="utf-8") as file:
         while True:
             buffer = buffer.lstrip("[, \r\n\t") if not buffer.startswith("{") else buffer
@@ -180,6 +186,16 @@ def json_rows(path: Path) -> Iterator[dict]:
             end, buffer = not more, buffer + more
 
 
+def _check_ends(path: Path) -> None:
+    """Raises InputError for a file that is cut short, before its first row is given out."""
+    with open(path, "rb") as file:
+        first = file.read(64).lstrip(b"\xef\xbb\xbf \r\n\t")[:1]
+        file.seek(max(0, os.path.getsize(path) - 64))
+        last = file.read().rstrip()[-1:]
+    if first and last != {b"[": b"]"}.get(first, b"}"):
+        raise InputError(f"{path}: not JSON rows to its end, which is {last.decode(errors='replace')!r}; download it again")
+
+
 def _inside(folder: Path, name: str) -> Path:
     """A path within the folder, links not followed. Raises ValueError for one that leads out of it."""
     path = Path(os.path.abspath(folder / name))
@@ -193,20 +209,37 @@ def _on_disk(folder: Path, name: str, **words) -> Found:
     return Found(name, path.read_bytes, path, **words)
 
 
-def read_folder(folder: Path) -> Iterator[Found]:
+def read_folder(folder: Path, skipped: Counter) -> Iterator[Found]:
     """Every picture of a folder and its subfolders, by name."""
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS and not p.name.startswith(".")):
         yield _on_disk(folder, str(path.relative_to(folder)))
 
 
-def read_pico_banana(folder: Path) -> Iterator[Found]:
-    """Single-turn rows. The picture is `local_input_image` (their mapping script writes it), or the last part of the Open Images address."""
-    for file in sorted(folder.glob("*.jsonl")):
+MAPPED = "_with_local_source_image_path"  # what the data set's own script adds to a list's name when it adds `local_input_image`
+
+
+def read_pico_banana(folder: Path, skipped: Counter) -> Iterator[Found]:
+    """Rows {"open_image_input_url", "text", "edit_type", ...} of sft.jsonl and preference.jsonl, and of multi-turn.jsonl
+    {"files": [{"id": "original_input_image", "url": ...}, {"id": "edit_turn1", ...}, ...], "metadata_edit_turn_prompts": [...]}.
+
+    The picture is `local_input_image` (their mapping script writes it), or the last part of the Open Images address. Of several turns the first
+    alone asks something of the original picture; all later ones are for the result before them, and are counted, not read. A list that the
+    script has mapped is read in place of its original."""
+    lists = set(folder.rglob("*.jsonl"))
+    for file in sorted(f for f in lists if f.with_name(f"{f.stem}{MAPPED}.jsonl") not in lists):
         for row in json_rows(file):
-            name = row.get("local_input_image") or str(row.get("open_image_input_url", "")).rpartition("/")[2]
-            if name and row.get("text"):  # multi-turn rows have neither
-                kind = kind_of(str(row.get("edit_type", "")), row["text"])
-                yield _on_disk(folder, name, instruction=row["text"].strip(), type=kind, object=thing_removed(row["text"]) if kind == "remove" else None)
+            url, said, kind = row.get("open_image_input_url"), row.get("text"), str(row.get("edit_type") or "")
+            turns = row.get("metadata_edit_turn_prompts")
+            if turns:
+                url = next((f.get("url") for f in row.get("files") or () if f.get("id") == "original_input_image"), None)
+                said = turns[0]
+                skipped["later turn"] += len(turns) - 1
+            name = row.get("local_input_image") or str(url or "").rpartition("/")[2]
+            if not name or not isinstance(said, str) or not said.strip():
+                skipped["no words" if name else "no input"] += 1
+            else:
+                kind = kind_of(kind, said)
+                yield _on_disk(folder, name, instruction=said.strip(), type=kind, object=thing_removed(said) if kind == "remove" else None)
 
 
 GPT_FOLDERS = {  # where the pictures of an annotation file lie
@@ -215,7 +248,7 @@ GPT_FOLDERS = {  # where the pictures of an annotation file lie
 }  # fmt: skip
 
 
-def read_gpt_image_edit(folder: Path) -> Iterator[Found]:
+def read_gpt_image_edit(folder: Path, skipped: Counter) -> Iterator[Found]:
     """Rows {"image": [input, ...], "conversations": [...]} of training_json, or {"input": ..., "instruction": ...}."""
     for file in sorted(p for p in folder.rglob("*.json*") if p.suffix in (".json", ".jsonl")):
         under = GPT_FOLDERS.get(file.stem, "")
@@ -225,25 +258,31 @@ def read_gpt_image_edit(folder: Path) -> Iterator[Found]:
             name = images[0] if isinstance(images, list) and images else row.get("input")
             said = row.get("instruction") or next((c.get("value") for c in row.get("conversations", ()) if c.get("from") in ("human", "user")), "")
             said = re.sub(r"<image>", "", said[0] if isinstance(said, list) and said else said or "").strip()
-            if isinstance(name, str) and said:
+            if not isinstance(name, str) or not said:
+                skipped["no words" if isinstance(name, str) else "no input"] += 1
+            else:
                 place = next((p for p in places if (p / name).is_file()), places[0])
                 kind = kind_of(str(row.get("task", "")), said)
                 path = _inside(folder, str((place / name).relative_to(folder)))
                 yield Found(str(path.relative_to(os.path.abspath(folder))), path.read_bytes, path, said, kind, thing_removed(said) if kind == "remove" else None)
 
 
-def read_magicbrush(folder: Path) -> Iterator[Found]:
+def read_magicbrush(folder: Path, skipped: Counter) -> Iterator[Found]:
     """First turns of edit_sessions.json, or of the parquet files, of which the target's column is not read."""
     for file in sorted(folder.rglob("edit_sessions.json")):
         for session, turns in json.loads(file.read_text(encoding="utf-8")).items():
             for turn in turns:
-                if turn["input"] == f"{session}-input.png":  # later turns start from an earlier turn's target
+                if turn["input"] != f"{session}-input.png":
+                    skipped["later turn"] += 1
+                else:
                     name = str((file.parent / "images" / session / turn["input"]).relative_to(folder))
                     yield _on_disk(folder, name, instruction=turn["instruction"].strip(), **_words(turn["instruction"]))
     shards = sorted(folder.rglob("*.parquet"))
     for file in shards:
         for row in parquet_rows(file, ["img_id", "turn_index", "source_img", "instruction"]):
-            if row["turn_index"] == 1:
+            if row["turn_index"] != 1:
+                skipped["later turn"] += 1
+            else:
                 content = row["source_img"]["bytes"]
                 yield Found(f"{row['img_id']}-input.png", lambda content=content: content, None, row["instruction"].strip(), **_words(row["instruction"]))
 
@@ -253,7 +292,7 @@ def _words(instruction: str) -> dict:
     return {"type": kind, "object": thing_removed(instruction) if kind == "remove" else None}
 
 
-def read_npedit(folder: Path) -> Iterator[Found]:
+def read_npedit(folder: Path, skipped: Counter) -> Iterator[Found]:
     """The released recipe's own list: instructions with both captions."""
     for row in json_rows(folder / "merged_edit_data.json"):
         kind, said = kind_of(str(row.get("edit_type", "")), row["edit_instruction"]), row["edit_instruction"].strip()
@@ -264,28 +303,28 @@ def read_npedit(folder: Path) -> Iterator[Found]:
         )  # fmt: skip
 
 
-def read_own(folder: Path) -> Iterator[Found]:
+def read_own(folder: Path, skipped: Counter) -> Iterator[Found]:
     for number, item in enumerate(read_items(folder if folder.is_file() else folder / "manifest.jsonl")):
         path = Path(item.image)
         yield Found(f"{number:08d}-{path.name}", path.read_bytes, path, item.instruction, item.type, item.object, item.caption, item.target_caption)
 
 
-LAYOUTS: dict[str, Callable[[Path], Iterator[Found]]] = {
+LAYOUTS: dict[str, Callable[[Path, Counter], Iterator[Found]]] = {
     "folder": read_folder, "pico-banana": read_pico_banana, "gpt-image-edit": read_gpt_image_edit, "magicbrush": read_magicbrush,
     "npedit": read_npedit, "manifest": read_own,
 }  # fmt: skip
 
 
-def read_dataset(folder: str | Path, layout: str = "folder") -> Iterator[Found]:
-    """The inputs and words of a data set. Raises InputError for a folder that is not laid out so."""
-    folder = Path(folder)
+def read_dataset(folder: str | Path, layout: str = "folder", skipped: Counter | None = None) -> Iterator[Found]:
+    """The inputs and words of a data set; `skipped` counts what is passed over. Raises InputError for a folder that is not laid out so."""
+    folder, skipped = Path(folder), Counter() if skipped is None else skipped
     if layout not in LAYOUTS:
         raise InputError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
     if not folder.is_dir() and not (layout == "manifest" and folder.is_file()):
         raise InputError(f"{folder}: no such folder; name the folder of the pictures")
     count = 0
     try:
-        for found in LAYOUTS[layout](folder):
+        for found in LAYOUTS[layout](folder, skipped):
             count += 1
             yield found
     except (KeyError, AttributeError, TypeError, FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -293,13 +332,26 @@ def read_dataset(folder: str | Path, layout: str = "folder") -> Iterator[Found]:
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"{folder}: {error}") from None
     if not count:
-        raise InputError(f"{folder}: nothing in the layout {layout!r}; choose another --layout: {', '.join(LAYOUTS)}")
+        passed = f" ({', '.join(f'{n} times {reason}' for reason, n in skipped.items())})" if skipped else ""
+        raise InputError(f"{folder}: nothing in the layout {layout!r}{passed}; choose another --layout: {', '.join(LAYOUTS)}")
 
 
-# shards
+def check_dataset(folder: str | Path, layout: str = "folder", pictures: int = 200) -> None:
+    """Raise InputError, before any weight is read, for annotations that are not whole or pictures of which none is there."""
+    first = list(islice(rows := read_dataset(folder, layout), pictures))
+    places = [found.path for found in first if found.path is not None]
+    if places and not any(p.is_file() for p in places):
+        raise InputError(f"{folder}: none of the first {len(places)} pictures is there, such as {places[0]}; download them to where the annotations name them")
+    if len(places) == len(first):  # pictures within the files themselves would all be read
+        for _ in rows:
+            pass
 
 
-def _parquet():
+# parquet
+
+
+def parquet_library():
+    """pyarrow and its parquet. Raises InputError where it is not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -308,103 +360,22 @@ def _parquet():
     return pyarrow, pyarrow.parquet
 
 
-def parquet_rows(path: Path, columns: list[str]) -> Iterator[dict]:
-    """Rows of a parquet file, of which only these columns are read from the disk."""
-    pyarrow, parquet = _parquet()
+@contextmanager
+def whole_parquet(path: Path):
+    """An open parquet file. Raises InputError for one that is cut short or no such file."""
+    pyarrow, parquet = parquet_library()
     try:
         with parquet.ParquetFile(path) as file:
-            lacking = [c for c in columns if c not in file.schema_arrow.names]
-            if lacking:
-                raise InputError(f"{path}: lacks the columns {', '.join(lacking)}; it has {', '.join(file.schema_arrow.names)}")
-            for batch in file.iter_batches(batch_size=64, columns=columns):
-                yield from batch.to_pylist()
+            yield file
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a whole parquet file ({str(error).splitlines()[0]}); download it again") from None
+        raise InputError(f"{path}: not a whole parquet file ({str(error).splitlines()[0]}); copy, download or write it again") from None
 
 
-def _suffix(item: Item) -> str:
-    return Path(item.image).suffix.lower() or ".png"
-
-
-def _tar_bytes(part: list[tuple[str, Item, bytes]]) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for key, item, content in part:
-            words = {**asdict(item), "image": f"{key}{_suffix(item)}"}
-            for name, data in ((f"{key}{_suffix(item)}", content), (f"{key}.json", json.dumps(words, ensure_ascii=False).encode())):
-                entry = tarfile.TarInfo(name)
-                entry.size = len(data)
-                tar.addfile(entry, io.BytesIO(data))
-    return out.getvalue()
-
-
-def _parquet_bytes(part: list[tuple[str, Item, bytes]]) -> bytes:
-    pyarrow, parquet = _parquet()
-    rows = [{**asdict(item), "image": {"bytes": content, "path": f"{key}{_suffix(item)}"}} for key, item, content in part]
-    picture = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-    schema = pyarrow.schema([("image", picture), *((f.name, pyarrow.string()) for f in fields(Item) if f.name != "image")])
-    out = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(rows, schema), out)
-    return out.getvalue()
-
-
-def write_shards(items: list[Item], out: Path, kind: str = "tar", per_shard: int = 1000) -> list[Path]:
-    """Pictures' own bytes and words, so many to a file. A shard that is there whole is not written again. Raises InputError for a picture
-    that cannot be read."""
-    if kind not in SHARDS or per_shard < 1:
-        raise InputError(f"--kind is {kind!r} and --per-shard {per_shard}; known kinds: {', '.join(SHARDS)}, with at least 1 picture each")
-    if kind == "parquet":
-        _parquet()
-    lacking = [item.image for item in items if not os.path.isfile(item.image)]
-    if lacking:
-        raise InputError([f"{name}: no such picture; the manifest names it" for name in lacking[:10]])
-    encode = _tar_bytes if kind == "tar" else _parquet_bytes
-    mark = hashlib.sha256(json.dumps([kind, per_shard, *(asdict(i) for i in items)]).encode()).hexdigest()
-    index = out / "shards.json"
-    if index.is_file() and json.loads(index.read_text()).get("manifest") != mark:
-        raise InputError(f"{out}: holds shards of another manifest; name a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(index, lambda file: file.write(json.dumps({"manifest": mark, "kind": kind, "items": len(items), "per_shard": per_shard}).encode()))
-    paths = []
-    with disk_errors(out):
-        for first in range(0, len(items), per_shard):
-            path = out / f"{first // per_shard:06d}.{kind}"
-            paths.append(path)
-            if not path.exists():
-                part = [(f"{first + i:09d}", item, Path(item.image).read_bytes()) for i, item in enumerate(items[first : first + per_shard])]
-                write_atomic(path, lambda file, part=part: file.write(encode(part)))
-    return paths
-
-
-def _tar_rows(path: Path) -> Iterator[tuple[Item, bytes]]:
-    held: dict[str, bytes] = {}
-    try:
-        with tarfile.open(path) as tar:
-            for entry in tar:
-                stem, suffix = os.path.splitext(entry.name)
-                data = tar.extractfile(entry).read()
-                if suffix != ".json":
-                    held[stem] = data
-                elif stem in held:
-                    yield Item(**json.loads(data)), held.pop(stem)
-    except (tarfile.TarError, OSError, AttributeError) as error:
-        raise InputError(f"{path}: not a whole tar shard ({error}); write it again") from None
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[Item, bytes]]:
-    for row in parquet_rows(path, [f.name for f in fields(Item)]):
-        yield Item(**{**row, "image": row["image"]["path"]}), row["image"]["bytes"]
-
-
-def read_shards(folder: str | Path, rank: int = 0, world: int = 1, skip: int = 0) -> Iterator[tuple[Item, bytes]]:
-    """Items and their pictures' bytes in order: of `world` readers each takes every world-th row, and starts after its own first `skip`."""
-    folder = Path(folder)
-    paths = sorted(p for p in folder.glob("*") if p.suffix[1:] in SHARDS)
-    if not paths:
-        raise InputError(f"{folder}: no shards in this folder; vlmedit data shards writes them")
-    number = -1
-    for path in paths:
-        for row in _tar_rows(path) if path.suffix == ".tar" else _parquet_rows(path):
-            number += 1
-            if number % world == rank and number // world >= skip:
-                yield row
+def parquet_rows(path: Path, columns: list[str]) -> Iterator[dict]:
+    """Rows of a parquet file, of which only these columns are read from the disk."""
+    with whole_parquet(path) as file:
+        lacking = [c for c in columns if c not in file.schema_arrow.names]
+        if lacking:
+            raise InputError(f"{path}: lacks the columns {', '.join(lacking)}; it has {', '.join(file.schema_arrow.names)}")
+        for batch in file.iter_batches(batch_size=64, columns=columns):
+            yield from batch.to_pylist()

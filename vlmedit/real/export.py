@@ -5,8 +5,8 @@
 
 The sampler is diffusers' `FlowMatchEulerDiscreteScheduler` with `stochastic_sampling` and a static shift: at 4 steps it takes the times of
 the unroll and re-noises as the unroll does, so the pipeline's pictures are our sampler's. FLUX.1-Kontext and FLUX.2 klein run in diffusers'
-own pipeline classes; Z-Image in `zimage_edit_pipeline.py`, which is copied beside its weights and imports diffusers alone. The other
-families have no pipeline in diffusers that shows them the reference as it was trained: their transformer or adapter is written by itself.
+own pipeline classes. The other families have none that shows them the reference as it was trained; they run in `few_step_edit_pipeline.py`,
+which is copied beside the weights and imports torch and diffusers alone. `editor.json` says what the folder is, for `vlmedit edit`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlmedit.pictures import InputError
+from vlmedit.pictures import InputError, save_json
 from vlmedit.real.cache import DTYPE
 from vlmedit.real.roles import AdapterRole
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-PIPELINES = {"FluxTransformer2DModel": "FluxKontextPipeline", "Flux2Transformer2DModel": "Flux2KleinPipeline", "ZImageTransformer2DModel": "ZImagePipeline"}
+PIPELINES = {"FluxTransformer2DModel": "FluxKontextPipeline", "Flux2Transformer2DModel": "Flux2KleinPipeline"}  # of diffusers; the others run in CODE
 KINDS = ("full", "adapter")
-ZIMAGE = Path(__file__).with_name("zimage_edit_pipeline.py")
+CODE = Path(__file__).with_name("few_step_edit_pipeline.py")
+ABOUT = "editor.json"  # what an exported folder is
+TEXT_LENGTH = 512  # tokens that diffusers' own pipelines encode by default
 
 
 def save_student(student: nn.Module, state: dict[str, Tensor], folder: Path) -> Path:
@@ -58,10 +60,10 @@ def save_adapter(student: AdapterRole, state: dict[str, Tensor], folder: Path) -
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / LORA_FILE, {"format": "pt", "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)})
 
 
-def few_step_scheduler(shift: float, steps: int, omni: bool = False) -> FlowMatchEulerDiscreteScheduler:
+def few_step_scheduler(shift: float, steps: int, omni: bool = False, text_length: int = TEXT_LENGTH) -> FlowMatchEulerDiscreteScheduler:
     """The unroll's sampler as a scheduler: called with `num_inference_steps=steps` it takes the times shift(1), shift(1 - 1/steps), ..."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=True, use_dynamic_shifting=False)
-    scheduler.register_to_config(few_steps=steps, omni=omni)  # read by our own pipeline file; diffusers passes over them
+    scheduler.register_to_config(few_steps=steps, omni=omni, text_length=text_length)  # read by our own pipeline file; diffusers passes over them
     return scheduler
 
 
@@ -78,17 +80,51 @@ def read_run(run: Path) -> tuple[dict, Path]:
 
 def student_transformer(settings: dict, model: Path, dtype: torch.dtype) -> nn.Module:
     """The student as one transformer: the saved one, or the backbone with the adapter added into its weights."""
-    from vlmedit.real.backbones import load_transformer
+    from vlmedit.real.backbones import load_transformer, widen
 
     if not (model / LORA_FILE).is_file():
         return load_transformer(model, **{DTYPE: dtype})
     transformer = load_transformer(settings["backbone"], "transformer", **{DTYPE: torch.float32})
-    if any("lora_A" in k and v.ndim != 2 for k, v in load_file(model / LORA_FILE).items()):
-        raise InputError(f"{model}: the adapter reaches a widened patch embedding, which diffusers' own class does not have; train with roles=modules and export that")
+    transformer = widen(transformer) if reaches_entry(model) else transformer
     transformer.load_lora_adapter(model, prefix=None, weight_name=LORA_FILE)
     transformer.fuse_lora()
     transformer.unload_lora()
     return nn.Module.to(transformer, dtype)
+
+
+def reaches_entry(model: Path) -> bool:
+    """Whether an adapter reaches a patch embedding that was widened for the reference (SD3, Sana)."""
+    return any("lora_A" in k and v.ndim != 2 for k, v in load_file(model / LORA_FILE).items())
+
+
+def pipeline_class(transformer: str) -> type[diffusers.DiffusionPipeline]:
+    """The class in which an exported transformer runs."""
+    if transformer in PIPELINES:
+        return getattr(diffusers, PIPELINES[transformer])
+    from vlmedit.real.few_step_edit_pipeline import FewStepEditPipeline
+
+    return FewStepEditPipeline
+
+
+def check_classes(settings: dict) -> None:
+    """Raise `InputError` for a run on classes that came with the backbone as code: what is exported runs in diffusers' own."""
+    from vlmedit.real.loading import own_code
+
+    if settings.get("trust_remote_code") and (own := own_code(settings["backbone"])):
+        raise InputError(f"{settings['backbone']} brings code of its own ({', '.join(own)}), which diffusers' own classes do not have; a run on it is not exported")
+
+
+def about(settings: dict, transformer: str, kind: str) -> dict:
+    """What `vlmedit edit` has to know of an exported folder. `pixels`: the most that a picture of the training had."""
+    from vlmedit.real.settings import bucket_of
+
+    base = settings["backbone"]
+    place = str(Path(base).resolve()) if Path(base).exists() else base
+    sizes = [bucket_of(text) for text in settings["buckets"]]
+    return {
+        "kind": kind, "transformer": transformer, **({"base": place} if kind == "adapter" else {}), "steps": settings["sampler_steps"],
+        "text_length": settings["text_length"], "pixels": max(w * h for w, h in sizes),
+    }  # fmt: skip
 
 
 def export(run: str | Path, out: str | Path, kind: str = "full", dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -102,26 +138,28 @@ def export(run: str | Path, out: str | Path, kind: str = "full", dtype: torch.dt
     lora = (model / LORA_FILE).is_file()
     if kind == "adapter" and not lora:
         raise InputError(f"{run}: its student is a whole transformer, not an adapter; export it with --kind full")
+    if kind == "adapter" and reaches_entry(model):
+        raise InputError(f"{run}: its adapter reaches a patch embedding that was widened for the reference, which its base does not have; export it with --kind full")
     place = settings["backbone"]
+    check_classes(settings)
     name = diffusers.DiffusionPipeline.load_config(place)["transformer"][1]
     partial = out.with_name(f".{out.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    scheduler = few_step_scheduler(settings["sampler_shift"], settings["sampler_steps"], settings["omni"])
+    scheduler = few_step_scheduler(settings["sampler_shift"], settings["sampler_steps"], settings["omni"], settings["text_length"])
     if kind == "adapter":
         save_file({f"transformer.{k}": v for k, v in load_file(model / LORA_FILE).items()}, partial / LORA_FILE, {"format": "pt", **_adapter_note(model)})
         scheduler.save_pretrained(partial / "scheduler")
-    elif name in PIPELINES:
-        pipeline_class = getattr(diffusers, PIPELINES[name])
-        transformer = student_transformer(settings, model, dtype)
-        pipeline = pipeline_class.from_pretrained(place, transformer=transformer, scheduler=scheduler, **{DTYPE: dtype})
-        pipeline.save_pretrained(partial)
     else:
-        student_transformer(settings, model, dtype).save_pretrained(partial / "transformer")
-        scheduler.save_pretrained(partial / "scheduler")
-    if name == "ZImageTransformer2DModel":
-        shutil.copy(ZIMAGE, partial / "pipeline.py")
+        transformer = student_transformer(settings, model, dtype)
+        pipeline_class(name).from_pretrained(place, transformer=transformer, scheduler=scheduler, **{DTYPE: dtype}).save_pretrained(partial)
+    if name not in PIPELINES:
+        shutil.copy(CODE, partial / CODE.name)
+        if kind == "full":  # so that diffusers finds the class in the file
+            index = partial / "model_index.json"
+            save_json({**json.loads(index.read_text()), "_class_name": [CODE.stem, "FewStepEditPipeline"]}, index)
     (partial / "README.md").write_text(card(settings, name, kind))
+    save_json(about(settings, name, kind), partial / ABOUT)
     if out.exists():
         out.rmdir()
     partial.rename(out)
@@ -138,15 +176,23 @@ def _adapter_note(model: Path) -> dict[str, str]:
 
 
 CALLS = {
-    "FluxTransformer2DModel": 'pipe(image=image, prompt="make the dog red", num_inference_steps={steps}, guidance_scale=1.0, height=image.height, width=image.width, max_area=image.height * image.width, _auto_resize=False)',
-    "Flux2Transformer2DModel": 'pipe(image=image, prompt="make the dog red", num_inference_steps={steps}, guidance_scale=1.0, height=image.height, width=image.width)',
-    "ZImageTransformer2DModel": 'pipe(image, "make the dog red")',
+    "FluxTransformer2DModel": 'image=image, prompt="make the dog red", num_inference_steps={steps}, guidance_scale=1.0, height=image.height, width=image.width, max_area=image.height * image.width, _auto_resize=False',
+    "Flux2Transformer2DModel": 'image=image, prompt="make the dog red", num_inference_steps={steps}, guidance_scale=1.0, height=image.height, width=image.width',
 }
-LOADS = {
-    "FluxTransformer2DModel": "FluxKontextPipeline.from_pretrained({place})",
-    "Flux2Transformer2DModel": "Flux2KleinPipeline.from_pretrained({place})",
-    "ZImageTransformer2DModel": "DiffusionPipeline.from_pretrained({place}, custom_pipeline={place}, trust_remote_code=True)",
-}
+
+
+def code_of(transformer: str, base: str, kind: str, steps: int, length: int) -> list[str]:
+    """The card's program, in which THIS_FOLDER stands for the exported one."""
+    stock = PIPELINES.get(transformer)
+    names = sorted([stock or "DiffusionPipeline", *(["FlowMatchEulerDiscreteScheduler"] if kind == "adapter" else [])])
+    place = "THIS_FOLDER" if kind == "full" else base
+    code = f', custom_pipeline="THIS_FOLDER/{CODE.name}"' if kind == "adapter" else ""
+    trust = "" if stock else f"{code}, trust_remote_code=True"
+    lines = [f"from diffusers import {', '.join(names)}", "from diffusers.utils import load_image", "", f'pipe = {stock or "DiffusionPipeline"}.from_pretrained("{place}"{trust})']
+    if kind == "adapter":
+        lines += ['pipe.load_lora_weights("THIS_FOLDER")', 'pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("THIS_FOLDER/scheduler")']
+    call = CALLS[transformer].format(steps=steps) + (f", max_sequence_length={length}" if length != TEXT_LENGTH else "") if stock else 'image, "make the dog red"'
+    return [*lines, 'image = load_image("dog.png").resize((512, 512))', f"edited = pipe({call}).images[0]"]
 
 
 def card(settings: dict, transformer: str, kind: str) -> str:
@@ -155,17 +201,8 @@ def card(settings: dict, transformer: str, kind: str) -> str:
     head = ["---", *([f"base_model: {base}"] if base.count("/") == 1 and not Path(base).exists() else []), "library_name: diffusers", "pipeline_tag: image-to-image", "---"]
     lines = [*head, "", f"# A {steps}-step image editor without image pairs", ""]
     lines += [f"`{Path(base).name}`, taught to edit by instruction with NP-Edit (arXiv:2510.14978): no edited picture was seen in training, only references, instructions and captions. A vision-language judge and distribution matching to the base model were the teachers.", ""]
-    if transformer in LOADS:
-        place = '"THIS_FOLDER"' if kind == "full" else f'"{base}"'
-        code = ["import torch", "from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler" if transformer.startswith("ZImage") else f"from diffusers import FlowMatchEulerDiscreteScheduler, {PIPELINES[transformer]}", "from diffusers.utils import load_image", ""]
-        load = LOADS[transformer].format(place=place) if kind == "full" or not transformer.startswith("ZImage") else f'DiffusionPipeline.from_pretrained("{base}", custom_pipeline="THIS_FOLDER", trust_remote_code=True)'
-        code += [f"pipe = {load}"]
-        if kind == "adapter":
-            code += ['pipe.load_lora_weights("THIS_FOLDER")', 'pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("THIS_FOLDER/scheduler")']
-        code += ['image = load_image("dog.png").resize((512, 512))', f"edited = {CALLS[transformer].format(steps=steps)}.images[0]"]
-        lines += ["```python", *code, "```", ""]
-    else:
-        lines += [f"diffusers has no pipeline that shows {transformer} a reference as it was trained; this folder holds its weights and its scheduler.", ""]
+    lines += ["```python", *code_of(transformer, base, kind, steps, settings["text_length"]), "```", ""]
+    lines += ["Or, for any size of picture and whole folders: `vlmedit edit dog.png \"make the dog red\" --model THIS_FOLDER --out edited.png`.", ""]
     name = lambda place: Path(place).name if Path(place).exists() else place
     told = {
         "base": name(base), "judge": ", ".join(map(name, settings["judge"])), "updates": settings["steps"], "pictures per update": f"{settings['batch']} x {settings['accumulate']} per process",
@@ -173,15 +210,17 @@ def card(settings: dict, transformer: str, kind: str) -> str:
         "weights of the losses": f"distribution matching {settings['dmd_weight']:g}, judge {settings['judge_weight']:g}", "guidance of the teacher": f"{settings['guidance']:g}, {settings['guidance_strong']:g} for {', '.join(settings['strong_types'])}",
     }  # fmt: skip
     lines += ["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in told.items()), ""]
-    lines += ["The license is the base model's; the judge's and the data's terms apply to their use. Measured quality: fill in from `vlmedit eval`. Known limits of the method: drift from the input, faces, spatial moves.", ""]
+    lines += ["The license is the base model's; the judge's and the data's terms apply to their use. Measured quality: fill in from `vlmedit bench`. Known limits of the method: drift from the input, faces, spatial moves.", ""]
     return "\n".join(lines)
 
 
 def push_to_hub(folder: str | Path, repository: str, private: bool = True) -> str:
     """Upload an exported folder to the Hub. Raises InputError without a network, without a login, or for a name that is none."""
     folder = Path(folder)
-    if not (folder / "README.md").is_file():
-        raise InputError(f"{folder}: not an exported folder (it has no README.md); export one first")
+    if not (folder / "README.md").is_file() or not (folder / ABOUT).is_file():
+        raise InputError(f"{folder}: not an exported folder (it has no README.md or no {ABOUT}); export one first")
+    if Path(base := json.loads((folder / ABOUT).read_text()).get("base", "")).is_absolute():
+        raise InputError(f"{folder}: its base is {base}, a folder that nobody else has; upload the base first and name its id in {ABOUT} and README.md")
     try:
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)

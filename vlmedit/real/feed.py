@@ -3,7 +3,8 @@
 A line of the manifest, as `vlmedit data prepare` writes it (vlmedit/real/datasets.py; .jsonl, or .parquet with these columns):
     {"image": path, "instruction": str, "type": str, "object": str or null, "caption": str, "target_caption": str}
 `object` is what a removal removes; `caption` tells what the picture shows, `target_caption` what it would show after the edit.
-Relative paths start at the manifest's folder. For size, a folder of tar shards: pictures are read from within them.
+Relative paths start at the manifest's folder. For size, shards (vlmedit/real/shards.py): tar or parquet files, one or a folder of them, that
+hold the pictures themselves; pictures are read from within them when their turn comes.
 
 **Order.** An update's batches are numbered over all processes, and every process counts through all of them, so that one process that
 accumulates N batches sees what N processes see. Types are drawn by share, the rows of a type in a shuffled order that is used up before
@@ -15,12 +16,10 @@ Shapes: pictures (B, 3, H, W) in [-1, 1], all of one bucket.
 from __future__ import annotations
 
 import io
-import json
 import random
 import re
-import tarfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +29,9 @@ from torch import Tensor
 
 from vlmedit.data import UnpairedBatch, rng_for
 from vlmedit.pictures import BROKEN, InputError, to_rgb
-from vlmedit.real.datasets import Item, parquet_rows, read_items
+from vlmedit.real.datasets import read_items
 from vlmedit.real.requests import Book, Request, batch_of
+from vlmedit.real.shards import Place, shard_rows
 
 SAME = {  # names of edit types in other data, as ours
     "addition": "add", "insert": "add", "insertion": "add", "removal": "remove", "delete": "remove", "recolor": "color", "colour": "color",
@@ -42,79 +42,40 @@ SIDES = re.compile(r"\b(left|right|clockwise|east|west|text|letter|letters|word|
 
 
 @dataclass(frozen=True)
-class Slice:
-    """A picture inside a tar file."""
-
-    path: Path
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True)
 class Row:
     """A line of the manifest."""
 
-    image: Path | Slice
+    image: Place
     request: Request
 
 
 def read_manifest(path: str | Path) -> list[Row]:
-    """Every row of a manifest, or of a folder of tar shards. Raises `InputError` with the rows that cannot be used."""
+    """Every row of a manifest, of a shard or of a folder of shards. Raises `InputError` with the rows that cannot be used."""
     path = Path(path)
-    if path.is_dir():
-        found = _tar_items(path)
+    if path.is_dir() or (path.is_file() and path.suffix in (".parquet", ".tar")):
+        found = shard_rows(path)
     elif not path.is_file():
         raise InputError(f"{path}: no such manifest; write one with vlmedit data prepare, or name another with data=FILE")
-    elif path.suffix == ".parquet":
-        found = _parquet_items(path)
     elif path.suffix == ".jsonl":
         found = [(item, Path(item.image)) for item in read_items(path)]
     else:
-        raise InputError(f"{path}: unknown ending {path.suffix!r}; a manifest ends with .jsonl or .parquet, shards lie in a folder")
+        raise InputError(f"{path}: unknown ending {path.suffix!r}; a manifest ends with .jsonl or .parquet, a shard with .tar or .parquet")
     problems, rows = [], []
     for item, picture in found:
         kind = item.type.strip().lower()
         lacking = [name for name in ("caption", "target_caption") if not getattr(item, name).strip()]
         if lacking:
-            problems.append(f"{item.image}, {item.instruction!r}: no {' and no '.join(lacking)}; vlmedit data prepare writes captions")
+            problems.append(f"{picture}, {item.instruction!r}: no {' and no '.join(lacking)}; vlmedit data prepare writes captions")
         elif isinstance(picture, Path) and not picture.is_file():
             problems.append(f"{item.instruction!r}: no picture {picture}")
         else:
             try:
                 rows.append(Row(picture, replace(item, type=SAME.get(kind, kind)).request()))
             except ValueError as error:
-                problems.append(f"{item.image}: {error}")
+                problems.append(f"{picture}: {error}")
     if problems:
         raise InputError([*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])])
     return rows
-
-
-def _parquet_items(path: Path) -> list[tuple[Item, Path]]:
-    columns = [f.name for f in fields(Item)]
-    try:
-        rows = [Item(**{k: v for k, v in row.items() if v is not None}) for row in parquet_rows(path, columns)]
-    except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(f"{path}: {error}") from None
-    return [(item, path.parent / item.image) for item in rows]
-
-
-def _tar_items(folder: Path) -> list[tuple[Item, Slice]]:
-    """Items of tar shards and where their pictures' bytes lie; nothing is unpacked."""
-    out = []
-    for path in sorted(folder.glob("*.tar")):
-        pictures = {}
-        with tarfile.open(path) as tar:
-            for member in tar:
-                stem, _, ending = member.name.rpartition(".")
-                if ending == "json":
-                    words = json.loads(tar.extractfile(member).read())
-                    pictures.setdefault(stem, {})["item"] = Item(**{"image": member.name, **words})
-                else:
-                    pictures.setdefault(stem, {})["slice"] = Slice(path, member.offset_data, member.size)
-        out += [(found["item"], found["slice"]) for found in pictures.values() if len(found) == 2]
-    if not out:
-        raise InputError(f"{folder}: no tar shards in this folder; write them with vlmedit data, or name a manifest")
-    return out
 
 
 def nothing_of(request: Request, rng: random.Random) -> Request:
@@ -136,32 +97,28 @@ def nearest(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> int:
     return int(np.argmin([abs(ratio - np.log(w / h)) for w, h in buckets]))
 
 
-def opened(place: Path | Slice) -> Image.Image:
+def opened(place: Place) -> Image.Image:
     """The picture, its pixels not decoded yet."""
-    if isinstance(place, Path):
-        return Image.open(place)
-    with place.path.open("rb") as file:
-        file.seek(place.offset)
-        return Image.open(io.BytesIO(file.read(place.size)))
+    return Image.open(place if isinstance(place, Path) else io.BytesIO(place.read()))
 
 
-def picture_size(path: Path | Slice) -> tuple[int, int]:
+def picture_size(path: Place) -> tuple[int, int]:
     """Width and height, upright, from the header."""
     try:
         with opened(path) as image:
             turned = image.getexif().get(0x0112, 1) >= 5
             return image.size[::-1] if turned else image.size
     except BROKEN as error:
-        raise InputError(f"{path}: not a picture ({error}); remove its lines from the manifest") from None
+        raise InputError(f"{path}: not a picture ({error}); remove its rows from the data") from None
 
 
-def load_fitted(path: Path | Slice, size: tuple[int, int]) -> Tensor:
+def load_fitted(path: Place, size: tuple[int, int]) -> Tensor:
     """(3, H, W) in [-1, 1]: scaled to cover the bucket, what protrudes cut off evenly."""
     try:
         with opened(path) as image:
             upright = to_rgb(ImageOps.exif_transpose(image))
     except BROKEN as error:
-        raise InputError(f"{path}: the picture is damaged ({error}); remove its lines from the manifest") from None
+        raise InputError(f"{path}: the picture is damaged ({error}); remove its rows from the data") from None
     fitted = ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
 
@@ -208,9 +165,14 @@ class Order:
                 return bucket, self.waiting.pop(bucket)
 
     def state_dict(self) -> dict:
-        return {"drawn": self.drawn, "places": dict(self.places), "waiting": {k: list(v) for k, v in self.waiting.items()}}
+        rows = {kind: len(numbers) for kind, numbers in self.kinds.items()}
+        return {"drawn": self.drawn, "places": dict(self.places), "waiting": {k: list(v) for k, v in self.waiting.items()}, "rows": rows}
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises InputError when the position is one in other data."""
+        now = {kind: len(numbers) for kind, numbers in self.kinds.items()}
+        if (then := state.get("rows", now)) != now:
+            raise InputError(f"the run stopped with {sum(then.values())} rows of data ({then}) and finds {sum(now.values())} ({now}); give it the data of before, or name a new out folder")
         self.drawn, self.places, self.waiting = state["drawn"], dict(state["places"]), {k: list(v) for k, v in state["waiting"].items()}
 
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import functools
 import socket
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from huggingface_hub import constants
+
+
+def looks_like_id(place: str) -> bool:
+    """Whether this is no folder but reads OWNER/NAME, as an id of the Hub does."""
+    return place.count("/") == 1 and all(place.split("/")) and not place.startswith((".", "~")) and not Path(place).exists()
 
 
 @functools.cache

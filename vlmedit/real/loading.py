@@ -13,6 +13,8 @@ from pathlib import Path
 import diffusers
 import torch
 from accelerate import Accelerator
+from diffusers import ModelMixin
+from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -72,8 +74,28 @@ def complete(place: str, part: str = "") -> list[str]:
     return [f"{folder}: half a model, it lacks {', '.join(lacking[:3])}{f' and {len(lacking) - 3} more' if len(lacking) > 3 else ''}; download it again"] if lacking else []
 
 
-def check_backbone(place: str, encoder: bool = True) -> list[str]:
-    """What is wrong with a pipeline's folder, by its small files alone."""
+def own_code(place: str) -> dict[str, tuple[str, str]]:
+    """Module and class of each part of a pipeline (and of "pipeline" itself) that comes with it as code."""
+    index = read_json(place, "model_index.json") or {}
+    found = {name: tuple(v) for name, v in index.items() if not name.startswith("_") and isinstance(v, list) and v[0] not in (None, "diffusers", "transformers")}
+    for part in ("transformer", "vae"):
+        if reference := (read_json(place, f"{part}/config.json") or {}).get("auto_map", {}).get("AutoModel"):
+            found[part] = tuple(reference.rsplit(".", 1))
+    return found | ({"pipeline": tuple(index["_class_name"])} if isinstance(index.get("_class_name"), list) else {})
+
+
+def load_part(config, part: str, dtype: torch.dtype) -> ModelMixin:
+    """Transformer or autoencoder of the backbone; its own code is run where the settings trust it."""
+    settings = {"subfolder": part, DTYPE: dtype}
+    if config.trust_remote_code and (own := own_code(config.backbone).get(part)):
+        module, name = own
+        own_class = get_class_from_dynamic_module(config.backbone, f"{module}.py", subfolder=part, class_name=name, trust_remote_code=True)
+        return own_class.from_pretrained(config.backbone, **settings)
+    return load_transformer(config.backbone, **settings) if part == "transformer" else diffusers.AutoModel.from_pretrained(config.backbone, **settings)
+
+
+def check_backbone(place: str, encoder: bool = True, trust: bool = False) -> list[str]:
+    """What is wrong with a pipeline's folder, by its small files alone. `trust` allows code of its own."""
     try:
         config = read_json(place, "transformer/config.json")
     except InputError as error:
@@ -81,8 +103,8 @@ def check_backbone(place: str, encoder: bool = True) -> list[str]:
     if config is None:
         return [f"backbone: {place} has no transformer/config.json; give the folder or the id of a diffusers pipeline"]
     problems = []
-    if "auto_map" in config:
-        problems.append(f"backbone: {place} brings code of its own, which is not run; use a checkpoint whose classes diffusers has")
+    if (own := own_code(place)) and not trust:
+        problems.append(f"backbone: {place} brings code of its own ({', '.join(own)}), which is not run; use a checkpoint whose classes diffusers has, or read it and set trust_remote_code=true")
     try:
         family_of(config.get("_class_name", "a model without a class name"))
     except ValueError as error:
@@ -93,8 +115,6 @@ def check_backbone(place: str, encoder: bool = True) -> list[str]:
         index = read_json(place, "model_index.json")
         if index is None:
             problems.append(f"backbone: {place} has no model_index.json, and the prompts are not encoded yet; give the whole pipeline")
-        elif any(isinstance(v, list) and v[0] and str(v[0]).endswith(".py") for v in index.values()) or str(index.get("_class_name", "")).startswith("["):
-            problems.append(f"backbone: {place} brings a pipeline of its own as code, which is not run; use a checkpoint whose pipeline diffusers has")
     return problems
 
 
@@ -143,15 +163,14 @@ class ExactCodec(AutoencoderCodec):
 
 def load_codec(config, device: torch.device) -> ExactCodec:
     dtype = torch.bfloat16 if config.codec_precision == "bf16" else torch.float32
-    autoencoder = diffusers.AutoModel.from_pretrained(config.backbone, subfolder="vae", **{DTYPE: dtype})
+    autoencoder = load_part(config, "vae", dtype)
     recompute = "codec" in config.checkpointing and autoencoder._supports_gradient_checkpointing
     return ExactCodec(autoencoder, recompute).to(device)
 
 
 def load_backbone(config, bank: TextBank, dtype: torch.dtype, place: str | None = None, checkpointing: bool = True) -> Backbone:
     """The backbone with its settings; a family without a slot for a reference is widened."""
-    folder = place or config.backbone
-    transformer = load_transformer(folder, None if place else "transformer", **{DTYPE: dtype})
+    transformer = load_transformer(place, **{DTYPE: dtype}) if place else load_part(config, "transformer", dtype)
     if issubclass(family_of(type(transformer).__name__), Channels) and not place:
         transformer = widen(transformer)
     backbone = backbone_of(transformer, bank, checkpointing and "backbone" in config.checkpointing)

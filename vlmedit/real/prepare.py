@@ -12,6 +12,10 @@ Every answer is parsed and may be refused, with one of the reasons in `REASONS`;
 difference hash of 256 bits and coarse colors) are taken once, an instruction once per picture and at most `repeats` times altogether.
 The journal gets one line per picture, flushed to the disk: after a kill the same command goes on with the next one.
 
+Several processes share the pictures by their names, each with a model and a journal of its own; they never talk to each other. The main
+process waits until all pictures are in the journals and writes manifest and report from them, in the data set's order. After a kill any
+number of processes goes on. A picture that looks like one of another process is asked about, and dropped at the end.
+
 A `Writer` (writers.py) is a judge of `vlmedit.real.judges`, or a language model without eyes.
 Types are drawn as the released recipe samples them: removals 1/4, the others alike [npedit configs].
 """
@@ -25,6 +29,7 @@ import io
 import json
 import os
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -35,7 +40,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vlmedit.pictures import InputError, disk_errors, save_json, write_atomic
-from vlmedit.real.datasets import Found, Item, read_dataset, write_items
+from vlmedit.real.datasets import SKIPPED, Found, Item, read_dataset, write_items
 from vlmedit.real.proposals import (
     CAPTION,
     CHECK,
@@ -55,6 +60,7 @@ from vlmedit.real.writers import Writer, identity_of, to_tensor
 ANSWER_TOKENS = 160
 THUMB, SHOWN = 192, 60  # pixels and number of the report's pictures
 ALIKE_BITS, ALIKE_COLOR, BANDS = 10, 12, 16  # of 256 bits, of 255; bands of a hash that are looked up
+POLL, PATIENCE = 2.0, 3600.0  # seconds between looks at the others' journals, and without a new line in them before the main process gives up
 
 
 # pictures that look alike
@@ -251,7 +257,7 @@ class Journal:
 
     def __init__(self, path: Path, settings: Settings, identity: dict):
         self.path, self.lines = path, []
-        head = json.loads(json.dumps({"settings": asdict(settings), **identity}))
+        self.head = head = json.loads(json.dumps({"settings": asdict(settings), **identity}))
         if path.exists():
             raw = path.read_bytes()
             whole = raw[: raw.rfind(b"\n") + 1]
@@ -259,10 +265,8 @@ class Journal:
                 lines = [json.loads(line) for line in whole.splitlines()]
             except json.JSONDecodeError as error:
                 raise InputError(f"{path}: damaged ({error}); delete it to start again, or name a new folder") from None
-            if lines and lines[0] != head:
-                old = lines[0].get("settings", {})
-                other = [k for k in head["settings"] if old.get(k) != head["settings"][k]] or [k for k in head if lines[0].get(k) != head[k]]
-                raise InputError(f"{path.parent}: holds a run of other settings ({', '.join(other)}); name a new folder, or give the settings of before")
+            if lines:
+                check_head(path, lines[0], head)
             self.lines = lines[1:]
             if len(whole) < len(raw):
                 os.truncate(path, len(whole))
@@ -286,6 +290,53 @@ class Journal:
         self.lines += lines
 
 
+def check_head(path: Path, old: dict, head: dict) -> None:
+    """Raise InputError when a journal is of another run."""
+    if old != head:
+        before = old.get("settings", {})
+        other = [k for k in head["settings"] if before.get(k) != head["settings"][k]] or [k for k in head if old.get(k) != head[k]]
+        raise InputError(f"{path.parent}: holds a run of other settings ({', '.join(other)}); name a new folder, or give the settings of before")
+
+
+class Others:
+    """The journals of other processes as they grow; they are read and never written."""
+
+    def __init__(self, journal: Journal, processes: int):
+        folder, self.head = journal.path.parent, journal.head
+        self.read = dict.fromkeys(sorted({*folder.glob("journal*.jsonl"), *(folder / journal_name(i) for i in range(processes))} - {journal.path}), 0)
+        self.lines: list[dict] = []
+        self.look()
+
+    def look(self) -> int:
+        """Read what came since; a line that is being written waits. Returns how many pictures came."""
+        before = len(self.lines)
+        for path, at in self.read.items():
+            if not path.exists():
+                continue
+            with open(path, "rb") as file:
+                file.seek(at)
+                raw = file.read()
+            whole = raw[: raw.rfind(b"\n") + 1]
+            try:
+                lines = [json.loads(line) for line in whole.splitlines()]
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}: damaged ({error}); delete it, and its pictures are asked about again") from None
+            if lines and at == 0:
+                check_head(path, lines.pop(0), self.head)
+            self.lines += lines
+            self.read[path] = at + len(whole)
+        return len(self.lines) - before
+
+
+def journal_name(process: int) -> str:
+    return f"journal-{process}.jsonl" if process else "journal.jsonl"
+
+
+def part_of(key: str, processes: int) -> int:
+    """The process whose a row is; a function of its name alone, so that nobody has to be told."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % processes
+
+
 @dataclass(frozen=True)
 class Progress:
     """After a batch of pictures."""
@@ -295,19 +346,25 @@ class Progress:
     refused: int
 
 
-def prepare(out: Path, settings: Settings, vlm: Writer, llm: Writer | None = None, batch: int = 8, repeats: int = 20) -> Iterator[Progress]:
+def prepare(
+    out: Path, settings: Settings, vlm: Writer, llm: Writer | None = None, batch: int = 8, repeats: int = 20, process: int = 0, processes: int = 1
+) -> Iterator[Progress]:
     """Work through the pictures of `settings.folder`, yield after every batch, and write manifest, report and contact sheet into `out`.
-    The same call goes on after a kill. Raises InputError where nothing can be used."""
+    The same call goes on after a kill. Of several `processes`, each does its part, and number 0 also waits, merges and writes.
+    Raises InputError where nothing can be used, and where the others stand still."""
     if batch < 1 or repeats < 1:
         raise InputError(f"--batch is {batch} and --repeats {repeats}; both must be at least 1")
+    if not 0 <= process < processes:
+        raise InputError(f"process {process} of {processes}; they are numbered from 0")
     pipeline = Pipeline(settings, vlm, llm)
-    journal = Journal(out / "journal.jsonl", settings, {"vlm": identity_of(vlm), "llm": identity_of(llm)})
-    gallery, known = Gallery(), {line["name"] for line in journal.lines}
-    for line in journal.lines:
-        if line["looks"] and line["reason"] != "seen before":
-            gallery.add(Looks(int(line["looks"][0], 16), bytes.fromhex(line["looks"][1])))
-    rows = _once(read_dataset(settings.folder, settings.layout))
-    fresh = (found for found in rows if _key(found) not in known)
+    journal = Journal(out / journal_name(process), settings, {"vlm": identity_of(vlm), "llm": identity_of(llm)})
+    others = Others(journal, processes)
+    mine = lambda key: part_of(key, processes) == process
+    known = {line["name"] for line in journal.lines + others.lines}
+    gallery = gallery_of(line for line in journal.lines + others.lines if mine(line["name"]))
+    order, skipped = {}, Counter()
+    rows = in_order(read_dataset(settings.folder, settings.layout, skipped), order)
+    fresh = (found for found in rows if mine(_key(found)) and _key(found) not in known)
     while part := list(islice(fresh, batch)):
         works = [look_at(found, gallery) for found in part]
         pipeline.run(works)
@@ -315,9 +372,61 @@ def prepare(out: Path, settings: Settings, vlm: Writer, llm: Writer | None = Non
             if any(not d.reason for d in work.drafts):
                 work.place = _place(work.found, out)
         journal.add(works)
-        yield Progress(len(journal.lines), *tally(journal.lines))
+        others.look()
+        yield progress_of(journal, others)
     journal.file.close()
-    finish(out, settings, journal, repeats)
+    if process == 0:
+        yield from wait_for(journal, others, order, processes)
+        finish(out, settings, merged(journal.lines, others.lines, order), repeats, skipped)
+
+
+def progress_of(journal: Journal, others: Others) -> Progress:
+    lines = journal.lines + others.lines
+    return Progress(len(lines), *tally(lines))
+
+
+def wait_for(journal: Journal, others: Others, order: dict, processes: int) -> Iterator[Progress]:
+    """Until every picture of the data set is in a journal."""
+    lacking, since = order.keys() - {line["name"] for line in journal.lines + others.lines}, time.monotonic()
+    while lacking:
+        time.sleep(POLL)
+        if came := others.look():
+            lacking -= {line["name"] for line in others.lines[-came:]}
+            since = time.monotonic()
+        elif time.monotonic() - since > PATIENCE:
+            left = Counter(part_of(key, processes) for key in lacking)
+            told = ", ".join(f"process {p} has {n} pictures left" for p, n in sorted(left.items()))
+            raise InputError(f"{journal.path.parent}: nothing came from the other processes for {PATIENCE / 60:.0f} minutes ({told}); the same command goes on")
+        yield progress_of(journal, others)
+
+
+def gallery_of(lines: Iterator[dict]) -> Gallery:
+    """What a run has seen so far."""
+    gallery = Gallery()
+    for line in lines:
+        if line["looks"] and line["reason"] != "seen before":
+            gallery.add(_looks(line))
+    return gallery
+
+
+def _looks(line: dict) -> Looks:
+    return Looks(int(line["looks"][0], 16), bytes.fromhex(line["looks"][1]))
+
+
+def merged(own: list[dict], others: list[dict], order: dict) -> list[dict]:
+    """The lines of all journals in the data set's order, of pictures that look alike only the first. One journal alone stays as it is."""
+    if not others:
+        return own
+    gallery, out, last = Gallery(), {}, (len(order), False)
+    for line in sorted(own + others, key=lambda line: order.get(line["name"], last)[0]):
+        if line["looks"] and line["reason"] != "seen before":
+            looks = _looks(line)
+            if order.get(line["name"], last)[1] and gallery.has(looks):
+                line = {**line, "reason": "seen before", "drafts": []}
+            else:
+                gallery.add(looks)
+        out.setdefault(line["name"], line)
+    return list(out.values())
 
 
 def _key(found: Found) -> str:
@@ -325,12 +434,11 @@ def _key(found: Found) -> str:
     return f"{found.name}#{hashlib.sha256(found.instruction.encode()).hexdigest()[:8]}" if found.instruction else found.name
 
 
-def _once(rows: Iterator[Found]) -> Iterator[Found]:
-    """Rows without repetition."""
-    seen = set()
+def in_order(rows: Iterator[Found], order: dict) -> Iterator[Found]:
+    """Rows without repetition; `order` gets each one's number, and whether it comes without an instruction, when pictures that look alike count once."""
     for row in rows:
-        if _key(row) not in seen:
-            seen.add(_key(row))
+        if _key(row) not in order:
+            order[_key(row)] = len(order), not row.instruction
             yield row
 
 
@@ -357,13 +465,13 @@ def tally(lines: list[dict]) -> tuple[int, int]:
     return kept, len(drafts) - kept + sum(bool(line["reason"]) for line in lines)
 
 
-def finish(out: Path, settings: Settings, journal: Journal, repeats: int) -> dict:
-    """Manifest, report.json and report.html from the journal. Raises InputError when no edit was kept, with the report written."""
+def finish(out: Path, settings: Settings, lines: list[dict], repeats: int, skipped: Counter) -> dict:
+    """Manifest, report.json and report.html from a journal's lines. Raises InputError when no edit was kept, with the report written."""
     items, common = [], Counter()
     counts = {"proposed": Counter(), "kept": Counter()}
     reasons: Counter = Counter()
     samples: dict[str, list[str]] = {}
-    for line in journal.lines:
+    for line in lines:
         if line["reason"]:
             reasons[line["reason"]] += 1
             samples.setdefault(line["reason"], []).append(line["said"])
@@ -380,9 +488,10 @@ def finish(out: Path, settings: Settings, journal: Journal, repeats: int) -> dic
             counts["kept"][draft["kind"]] += 1
             items.append(Item(line["image"], draft["instruction"], draft["kind"], draft["object"], line["caption"], draft["target"]))
     report = {
-        "pictures": len(journal.lines), "kept": len(items), "refused": sum(reasons.values()),
+        "pictures": len(lines), "kept": len(items), "refused": sum(reasons.values()),
         "types": {k: {"proposed": counts["proposed"][k], "kept": counts["kept"][k]} for k in counts["proposed"]},
         "refusals": {r: {"times": n, "meaning": REASONS[r], "for example": samples[r][0][:200]} for r, n in reasons.most_common()},
+        "skipped": {r: {"times": n, "meaning": SKIPPED[r]} for r, n in skipped.most_common() if n},
         "settings": asdict(settings), "repeats": repeats,
     }  # fmt: skip
     save_json(report, out / "report.json")
@@ -391,7 +500,7 @@ def finish(out: Path, settings: Settings, journal: Journal, repeats: int) -> dic
         (out / "manifest.jsonl").unlink(missing_ok=True)
         worst = reasons.most_common(1)[0]
         raise InputError(
-            f"{settings.folder}: none of {len(journal.lines)} pictures gave an edit; {worst[1]} refusals because {REASONS[worst[0]]}. "
+            f"{settings.folder}: none of {len(lines)} pictures gave an edit; {worst[1]} refusals because {REASONS[worst[0]]}. "
             f"{out / 'report.html'} shows the answers; a stronger --vlm is the usual remedy"
         )
     write_items(items, out / "manifest.jsonl")
@@ -425,6 +534,8 @@ def page(report: dict, items: list[Item], out: Path) -> str:
     e = html.escape
     line = lambda tag, cells: f"<tr>{''.join(f'<{tag}>{e(str(c))}</{tag}>' for c in cells)}</tr>"
     table = lambda head, rows: f"<table>{line('th', head)}{''.join(line('td', r) for r in rows)}</table>"
+    passed = [(v["meaning"], v["times"]) for v in report["skipped"].values()]
+    skipped = f"<h2>Passed over in the data set</h2>{table(('why', 'times'), passed)}" if passed else ""
     step = max(1, len(items) // SHOWN)
     cards = "".join(
         f'<figure><img alt="{e(i.caption)}" src="data:image/jpeg;base64,{_thumbnail(out / i.image)}"><figcaption><b>{e(i.type)}</b> {e(i.instruction)}'
@@ -438,5 +549,5 @@ def page(report: dict, items: list[Item], out: Path) -> str:
         f"{table(('type', 'proposed', 'kept'), [(k, v['proposed'], v['kept']) for k, v in report['types'].items()])}"
         f"<h2>{report['refused']} refusals</h2>"
         f"{table(('reason', 'times', 'for example'), [(v['meaning'], v['times'], v['for example']) for v in report['refusals'].values()])}"
-        f"<h2>What was kept</h2>{cards}"
+        f"{skipped}<h2>What was kept</h2>{cards}"
     )

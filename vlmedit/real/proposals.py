@@ -36,7 +36,7 @@ TARGET = (
     'without saying that it was edited. Answer with JSON alone: {{"caption": "..."}}'
 )
 REASONS = {
-    "unreadable": "the file is no picture",
+    "unreadable": "the file is missing or no picture",
     "seen before": "the picture looks like one that came earlier",
     "no caption": "the description of the picture is not as asked",
     "no proposal": "the proposal is not JSON with an instruction",

@@ -35,15 +35,13 @@ def save_z_image(folder: Path) -> Path:
     from transformers import Qwen3Config, Qwen3Model
 
     tiny.save_backbone("z-image", folder)
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = TEMPLATE
     config = Qwen3Config(
         hidden_size=tiny.WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8, vocab_size=400, max_position_embeddings=1024
     )
     torch.manual_seed(1)
     ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0), vae=AutoencoderKL.from_pretrained(folder / "vae"), text_encoder=Qwen3Model(config),
-        tokenizer=tokenizer, transformer=ZImageTransformer2DModel.from_pretrained(folder / "transformer"),
+        tokenizer=_chatting(), transformer=ZImageTransformer2DModel.from_pretrained(folder / "transformer"),
     ).save_pretrained(folder)  # fmt: skip
     return folder
 
@@ -69,7 +67,90 @@ def save_flux_kontext(folder: Path) -> Path:
     return folder
 
 
-PIPELINES = {"z-image": save_z_image, "flux": save_flux_kontext}
+def save_flux2_klein(folder: Path) -> Path:
+    """`Flux2KleinPipeline`; its prompts are three of a Qwen3's layers side by side, the deepest the 27th, so there are as many."""
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tiny.save_backbone("flux2", folder)
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        hidden_size=tiny.WIDTH, intermediate_size=16, num_hidden_layers=28, num_attention_heads=2, num_key_value_heads=2, head_dim=8, vocab_size=400, max_position_embeddings=1024
+    )
+    transformer = tiny.awaken(Flux2Transformer2DModel.from_config({**tiny.flux2().config, "joint_attention_dim": 3 * tiny.WIDTH}))
+    Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=AutoencoderKLFlux2.from_pretrained(folder / "vae"), text_encoder=Qwen3ForCausalLM(config),
+        tokenizer=_chatting(), transformer=transformer, is_distilled=True,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def save_qwen_image_edit(folder: Path) -> Path:
+    """`QwenImageEditPipeline` with a Qwen2.5-VL of two layers; the processor that shows it pictures is left out, because words alone are encoded."""
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageEditPipeline, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    tiny.save_backbone("qwen-image", folder)
+    torch.manual_seed(1)
+    config = tiny.qwen2_5_vl()[0].config
+    config.text_config.update({"hidden_size": tiny.WIDTH, "head_dim": 4})
+    config.vision_config.out_hidden_size = tiny.WIDTH
+    config.text_config.rope_parameters["mrope_section"] = [1, 1, 0]
+    QwenImageEditPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=AutoencoderKLQwenImage.from_pretrained(folder / "vae"), processor=None,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config), tokenizer=_chatting(), transformer=QwenImageTransformer2DModel.from_pretrained(folder / "transformer"),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def save_sd3(folder: Path) -> Path:
+    """`StableDiffusion3Pipeline` with two CLIPs and a T5 of one layer."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    tiny.save_backbone("sd3", folder)
+    tokenizer = tiny.tokenizer()
+    tokenizer.model_max_length = 77
+    torch.manual_seed(1)
+    half = tiny.WIDTH // 2
+    clip = CLIPTextConfig(
+        hidden_size=half, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=400, projection_dim=half, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    t5 = T5Config(d_model=tiny.WIDTH, d_ff=32, d_kv=8, num_layers=1, num_heads=2, vocab_size=400)
+    StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=AutoencoderKL.from_pretrained(folder / "vae"), text_encoder=CLIPTextModelWithProjection(clip),
+        tokenizer=tokenizer, text_encoder_2=CLIPTextModelWithProjection(clip), tokenizer_2=tokenizer, text_encoder_3=T5EncoderModel(t5), tokenizer_3=tiny.tokenizer(),
+        transformer=SD3Transformer2DModel.from_pretrained(folder / "transformer"),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def save_sana(folder: Path) -> Path:
+    """`SanaPipeline` with a Gemma 2 of one layer."""
+    from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+    from transformers import Gemma2Config, Gemma2Model
+
+    tiny.save_backbone("sana", folder)
+    torch.manual_seed(1)
+    config = Gemma2Config(
+        hidden_size=tiny.WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8, vocab_size=400
+    )
+    SanaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=AutoencoderDC.from_pretrained(folder / "vae"), text_encoder=Gemma2Model(config), tokenizer=tiny.tokenizer(),
+        transformer=SanaTransformer2DModel.from_pretrained(folder / "transformer"),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def _chatting():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+PIPELINES = {
+    "z-image": save_z_image, "flux": save_flux_kontext, "flux2": save_flux2_klein, "qwen-image": save_qwen_image_edit, "sd3": save_sd3, "sana": save_sana,
+}  # fmt: skip
 
 
 def save_data(folder: Path, rows: int = ROWS, seed: int = 0) -> Path:

@@ -36,7 +36,7 @@ class RealConfig(TrainConfig):
     out: str = "runs/real"
     backbone: str = "Tongyi-MAI/Z-Image"  # a diffusers pipeline: transformer, vae, text encoder [R]
     judge: tuple[str, ...] = ("OpenGVLab/InternVL3-14B-hf",)  # several are an ensemble [R: one]
-    data: str = "data/manifest.jsonl"  # a manifest, .jsonl or .parquet, or a folder of tar shards: see vlmedit/real/feed.py
+    data: str = "data/manifest.jsonl"  # a manifest, .jsonl or .parquet, or a folder of shards (tar or parquet): see vlmedit/real/feed.py
     start: str | None = None  # the student's first weights: `student` of a finished run (a copy warm-up), none is the backbone
     # roles
     roles: str = "modules"  # or adapters: one base, LoRA for student and fake score [R: modules]
@@ -90,6 +90,7 @@ class RealConfig(TrainConfig):
     offload: tuple[str, ...] = ()  # roles that wait in the CPU's memory while others work
     sharding: str = "auto"  # FSDP2 when accelerate was told so, "fsdp2" always, "none" never
     compile: str | None = None  # torch.compile backend of every block of the backbone, such as inductor
+    trust_remote_code: bool = False  # run code that comes with the backbone; a judge's is never run
     trackers: tuple[str, ...] = ("tensorboard",)
     strip_every: int = 100  # updates between picture strips in the trackers
     save_every: int = 250

@@ -260,7 +260,7 @@ def check(config: RealConfig, judged: bool = True) -> None:
     """Raise `InputError` or `ConfigError` for anything that can be seen to be wrong before a weight is read."""
     adamw(config.optimizer)
     given = lambda place: not place.startswith(PREFIX)
-    problems = check_backbone(config.backbone) if given(config.backbone) else []
+    problems = check_backbone(config.backbone, trust=config.trust_remote_code) if given(config.backbone) else []
     for place in filter(given, config.judge if judged else ()):
         problems += check_judge(place)
     try:
@@ -280,7 +280,7 @@ def encoded(config: RealConfig, prompts: Book, accelerator: Accelerator) -> Text
     about = {"backbone": Path(config.backbone).name, "length": config.text_length, "dtype": str(dtype)}
     cache = PromptCache(folder, about)
     if accelerator.is_main_process and (todo := cache.lacking(prompts.texts)):
-        encode = pipeline_encoder(config.backbone, accelerator.device, dtype, config.text_length)
+        encode = pipeline_encoder(config.backbone, accelerator.device, dtype, config.text_length, config.trust_remote_code)
         for done in cache.fill(prompts.texts, encode):
             accelerator.print(f"encoded {done} of {len(todo)} prompts")
         del encode

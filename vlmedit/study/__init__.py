@@ -16,9 +16,8 @@ Whatever an arm does not say is the tier's configuration, from the shipped warm 
 * Results live in `out`: cells/*.json, table.csv, table.json, plot.png.
 * A student that is `watched` is measured several times on its way, so that a judge's word can be seen to come apart from the oracle's. What
   a judge believes is compared with the oracle three ways: on average (`hacking_gap`), answer by answer (`calibration`, the expected
-  calibration error), and against the belief of a held-out judge that taught nobody (`held_out_gap`).
-* Errors are standard errors over seeds, of shares of edits never below that over requests (binomial): two seeds may agree by luck. With one
-  seed shares alone have one.
+  calibration error), and against the belief of a held-out judge that taught nobody (`held_out_gap`), who may also say when to stop.
+* Errors are standard errors over seeds, and never below that over requests, which are the same for all seeds: two seeds may agree by luck.
 
 The way: arms -> plans -> costs -> cells -> tables.
 """

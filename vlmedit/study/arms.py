@@ -36,6 +36,7 @@ class Arm:
     parts: tuple[Part, ...]  # none: the teacher as it is
     ways: tuple[str, ...] = ("4 steps",)
     watched: int = 1  # times that the last training's student is measured, the last time at its end
+    before: bool = False  # also measure what the last training starts from
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ STUDIES: dict[str, Study] = {
             "small judge": schooled("small", watched=4, editor=ALONE),
             "small judge (never attacked)": schooled("small", watched=4, editor=ALONE, attack_share=0.0),
             "both judges": Arm((Part("judge", OTHER, updates=1500, gives="second"), Part("npedit", ALONE)), watched=4),
+            "begun again halfway": Arm((Part("npedit", ALONE, share=0.5), Part("npedit", ALONE, share=0.5)), watched=2),
             "judge relearns halfway": Arm(
                 (
                     Part("npedit", ALONE, share=0.5),
@@ -193,15 +195,15 @@ STUDIES: dict[str, Study] = {
         },
     ),
     "data": Study(
-        "how many distinct requests are needed (shares of those that the training draws)",
-        {name: npedit(pool=Share(share)) for name, share in (("1 %", 0.01), ("50 %", 0.5), ("100 %", 1.0))},
+        "how many distinct requests are needed: as many as a share of the training's draws, drawn with replacement, or new ones each time",
+        {**{name: npedit(pool=Share(share)) for name, share in (("1 %", 0.01), ("50 %", 0.5), ("100 %", 1.0))}, "new each time": npedit()},
     ),
     "rl": Study(
         "reward by gradient or by policy, with and without pairs first, the judge being the same",
         {
             "SFT": PAIRED,
-            "SFT + Flow-GRPO": Arm((Part("sft", share=0.5), Part("grpo", share=0.5))),
-            "SFT + NP-Edit": Arm((Part("sft", share=0.5), Part("npedit", share=0.5))),
+            "SFT + Flow-GRPO": Arm((Part("sft", share=0.5), Part("grpo", share=0.5)), before=True),
+            "SFT + NP-Edit": Arm((Part("sft", share=0.5), Part("npedit", share=0.5)), before=True),
             "Flow-GRPO": Arm((Part("grpo"),)),
             "NP-Edit": npedit(),
         },

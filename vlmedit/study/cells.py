@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from vlmedit.pictures import save_json
 from vlmedit.study.arms import WAYS, Arm, find
-from vlmedit.study.plans import JUDGES, PATHS, Plan, Task, cell_file, finished, prepare, student_updates
+from vlmedit.study.plans import PATHS, Plan, Task, cell_file, finished, prepare, student_updates
 from vlmedit.train.stages import STAGES
 
 Watch = Callable[[str, object], None]  # (what is trained, engine.Step)
@@ -41,7 +41,7 @@ def kept(task: Task, updates: int) -> Path:
 
 
 def train(task: Task, watch: Watch | None = None, keep: Sequence[int] = ()) -> dict:
-    """Train, or take what is there. Returns what it cost, over all interruptions. The averaged weights after `keep` updates stay beside the
+    """Train, or take what is there. Returns what it cost, over all interruptions, what had to be repeated left out. The averaged weights after `keep` updates stay beside the
     model; a training that was begun without keeping them is made again."""
     out = Path(task.config.out)
     file = out / "cost.json"
@@ -55,13 +55,14 @@ def train(task: Task, watch: Watch | None = None, keep: Sequence[int] = ()) -> d
     config = dataclasses.replace(task.config, save_every=math.gcd(task.config.save_every, *keep))
     cpu, wall = time.process_time(), time.perf_counter()
     for step in STAGES[task.stage][1](config):
+        if (step.index - 1) % config.save_every == 0:  # what a checkpoint holds; updates after it are made again when the run is stopped
+            save_json(cost, file)
         if step.index - 1 in keep:  # an update's checkpoint is written when the next is asked for
             shutil.copy(out / "checkpoint" / "model.ema.safetensors", kept(task, step.index - 1))
         now, then = time.process_time(), time.perf_counter()
         cost |= {"cpu_seconds": cost["cpu_seconds"] + now - cpu, "seconds": cost["seconds"] + then - wall}
         cost |= {"calls": cost["calls"] + int(step.metrics.get("calls", 0)), "skipped": cost["skipped"] + int(step.skipped)}
         cpu, wall = now, then
-        save_json(cost, file)
         if watch:
             watch(f"{task.stage}, seed {task.config.seed}", step)
     save_json(cost := cost | {"done": True, "updates": task.config.steps}, file)
@@ -70,9 +71,9 @@ def train(task: Task, watch: Watch | None = None, keep: Sequence[int] = ()) -> d
     return cost
 
 
-def use(model, judge, held_out_judge, n: int, seed: int, shift: float, way: Mapping) -> dict:
-    """Oracle metrics of a model used in one way, on the first `n` held-out requests, what both judges think of them, and its calls and
-    CPU-seconds per edit. `seed` is of an untrained editor's noise; trained ones differ by their training."""
+def use(model, judges: Sequence, held_out_judge, n: int, seed: int, shift: float, way: Mapping) -> dict:
+    """Oracle metrics of a model used in one way, on the first `n` held-out requests, what its own judges think of them (on average) and the
+    held-out one, and its calls and CPU-seconds per edit. `seed` is of an untrained editor's noise; trained ones differ by their training."""
     from vlmedit import training_free
     from vlmedit.data import held_out
     from vlmedit.evaluate import ask_judge, evaluate_student, judge_by_oracle, summary
@@ -82,34 +83,52 @@ def use(model, judge, held_out_judge, n: int, seed: int, shift: float, way: Mapp
     if "editor" in way:
         way, examples = {"guidance": 2.0, **way}, held_out(n, 0, EDIT_TYPES)
         judged = judge_by_oracle(examples, *training_free.edit_by_captions(model, examples, seed=seed, **way))
-        metrics, calls = summary(judged, judge) | {"n": n}, training_free.calls(**way)
+        metrics, calls = {"n": n}, training_free.calls(**way)
     else:
-        metrics, judged = evaluate_student(model, judge, n, 0, shift=shift, **way)
+        metrics, judged = evaluate_student(model, judges[0], n, 0, shift=shift, **way)
         calls = way["steps"] * way.get("particles", 1) * (1 + way.get("noise_steps", 0))
     spent = time.process_time() - began
+    metrics |= summary(judged, *judges)
     believed = ask_judge(held_out_judge, judged.examples, judged.reference, judged.output).mean().item()
     return {**metrics, "held_out_gap": believed - metrics["success"], "calls_per_edit": calls, "use_cpu_seconds": spent}
 
 
 def measure(plan: Plan, arm: Arm, tasks: Sequence[Task], seed: int) -> dict[str, dict]:
-    """What comes of an arm's student, for each way of using it and each time that it was kept."""
+    """What comes of an arm's student, for each way of using it and each time that it was kept; and what would have come of it, had it been
+    stopped where the held-out judge believed most in it."""
     from vlmedit.models.dit import DiT
     from vlmedit.models.judge import JudgeModel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     load = lambda kind, folder: kind.from_pretrained(folder).eval().to(device)
     model = load(DiT, Path(tasks[-1].config.out) / "model" if tasks else plan.models["teacher"])
-    judges = [load(JudgeModel, plan.models[role]) for role in JUDGES]
+    own = [load(JudgeModel, folder) for folder in judges_of(plan, tasks)]
+    held_out = load(JudgeModel, plan.models["held_out"])
     shift = getattr(tasks[-1].config, "sampler_shift", 1.0) if tasks else 1.0
     found, before = {}, student_updates(tasks[:-1])
+    if arm.before:
+        start = load(DiT, tasks[-1].config.student)
+        found |= {f"{way} before the last stage": use(start, own, held_out, plan.n, seed, shift, WAYS[way]) for way in arm.ways}
     if arm.watched > 1:
         last = {k: v.clone() for k, v in model.state_dict().items()}
         for k in times(tasks[-1], arm.watched):
             model.load_state_dict(load_file(kept(tasks[-1], k)))
-            found |= {f"{way} after {before + k}": use(model, *judges, plan.n, seed, shift, WAYS[way]) for way in arm.ways}
+            found |= {f"{way} after {before + k}": use(model, own, held_out, plan.n, seed, shift, WAYS[way]) for way in arm.ways}
         model.load_state_dict(last)
     end = f" after {student_updates(tasks)}" if arm.watched > 1 else ""
-    return found | {f"{way}{end}": use(model, *judges, plan.n, seed, shift, WAYS[way]) for way in arm.ways}
+    found |= {f"{way}{end}": use(model, own, held_out, plan.n, seed, shift, WAYS[way]) for way in arm.ways}
+    if arm.watched > 1:
+        believed = lambda key: found[key]["success"] + found[key]["held_out_gap"]
+        best = {way: max((key for key in found if key.startswith(f"{way} after ")), key=believed) for way in arm.ways}
+        found |= {f"{way} where the held-out judge stops it": found[key] for way, key in best.items()}
+    return found
+
+
+def judges_of(plan: Plan, tasks: Sequence[Task]) -> list[str]:
+    """The folders of the judges that taught an arm's student last; of the shared one, where no judge did."""
+    config = tasks[-1].config if tasks else None
+    taught = [folder for name in ("judge", "second") if (folder := getattr(config, name, None))]
+    return taught or [plan.models["judge"]]
 
 
 def run_cell(plan: Plan, arm: str, seed: int, watch: Watch | None = None) -> dict:

@@ -26,7 +26,6 @@ RUNS = Path("runs/studies")
 UPDATES = {"smoke": 2, "laptop": 300, "gpu": 3000}  # of the student, unless said
 REQUESTS = {"smoke": 8, "laptop": 512, "gpu": 2048}  # held-out edits
 ROLES = {"teacher": "teacher", "judge": "judge", "student": "warm", "held_out": "second_judge"}  # what all arms share, and its shipped checkpoint
-JUDGES = ("judge", "held_out")  # who is asked what he thinks of a student
 PATHS = (*ROLES, "second", "softener", "start", "students")  # settings that name models' folders
 EQUAL = {"updates": "updates", "calls": "calls of the student", "cpu": "CPU-seconds"}  # what arms may have in common
 CELL_BYTES = 80 * 2**20  # disk space of one training while it runs
@@ -61,10 +60,13 @@ class Task:
 
 
 def known_settings(arms: Iterable[Arm]) -> dict[str, set[str]]:
-    """Stage -> names of its settings that a study's user may override."""
+    """Stage -> names of its settings that a study's user may override: not those that all its trainings set themselves."""
+    arms = list(arms)
     stages = {part.stage for arm in arms for part in arm.parts}
+    parts = {stage: [part for arm in arms for part in arm.parts if part.stage == stage] for stage in stages}
+    studied = {stage: set.intersection(*(set(part.settings) for part in of_stage)) for stage, of_stage in parts.items()}
     fixed = {"out", "seed", "steps"}
-    return {stage: {f.name for f in dataclasses.fields(STAGES[stage][0])} - fixed for stage in sorted(stages)}
+    return {stage: {f.name for f in dataclasses.fields(STAGES[stage][0])} - fixed - studied[stage] for stage in sorted(stages)}
 
 
 def sort_overrides(name: str, given: Mapping, arms: Sequence[str] = ()) -> tuple[dict[str, dict], dict[str, str]]:
@@ -123,10 +125,26 @@ def plan(
             models[role] = str(checkpoint("shapes", kind))
     made = Plan(
         name, tier, updates or UPDATES[tier], n or REQUESTS[tier], tuple(dict.fromkeys(seeds)), chosen, stages, models,
-        str(out or RESULTS / name), str(runs or RUNS), equal,
+        str(out or folder_of(name, tier, equal)), str(runs or RUNS), equal,
     )  # fmt: skip
     check(made)
     return made
+
+
+def folder_of(name: str, tier: str = "laptop", equal: str = "updates") -> Path:
+    """Where a study's results go by default: beside the papers, but for tier smoke, whose figures mean nothing."""
+    return (RESULTS if tier != "smoke" else RUNS.parent / "smoke") / (name if equal == "updates" else f"{name}-equal-{equal}")
+
+
+def other_results(plan: Plan) -> str | None:
+    """What is in the plan's folder already, where it cannot stand in one table with the plan's."""
+    try:
+        there = json.loads((Path(plan.out) / "table.json").read_text())
+    except (OSError, ValueError):
+        return None
+    mine = {"tier": plan.tier, "equal": plan.equal, "updates": plan.updates, "n": plan.n, "overrides": {k: dict(v) for k, v in plan.overrides.items() if v}}
+    apart = [f"{key} {there.get(key)} there, {value} now" for key, value in mine.items() if there.get(key) != value]
+    return f"{plan.out} holds results of another plan ({'; '.join(apart)}); name another folder with --out, or delete it" if apart else None
 
 
 def side_of(folder: str) -> int | None:
@@ -138,11 +156,17 @@ def side_of(folder: str) -> int | None:
 
 
 def check(plan: Plan) -> None:
-    """Models there and of the right side, configurations valid, folders writable, before anything is trained."""
+    """Models there and of the right side, configurations valid, folders writable and of this plan, before anything is trained."""
+    if told := other_results(plan):
+        raise InputError(told)
     problems = [f"{role} is {folder!r}, no folder with a model" for role, folder in plan.models.items() if side_of(folder) is None]
     if problems:
         raise InputError(problems, "train one (vlmedit train) or name another with --set ROLE=FOLDER")
     tasks = [task for arm in plan.arms for seed in plan.seeds for task in prepare(plan, arm, seed)]
+    made = {f"{task.config.out}/model" for task in tasks}
+    for name in PATHS:
+        asked = {value for task in tasks if isinstance(value := getattr(task.config, name, None), str)} - made - set(plan.models.values())
+        problems += [f"{name} is {folder!r}, no folder with a model; train one (vlmedit train) or leave it out" for folder in sorted(asked) if side_of(folder) is None]
     for role, folder in plan.models.items():
         for side in sorted({task.config.side for task in tasks} - {side_of(folder)}):
             problems.append(f"side is {side}, and the {role} in {folder} is made for {side_of(folder)}; pass --set side={side_of(folder)}, or models of side {side}")
@@ -211,7 +235,7 @@ def cell_key(plan: Plan, arm: str, seed: int) -> str:
     """Identifies a cell's result: its trainings, how its student is used, who is asked what he thinks of it."""
     chosen = find(plan.name).arms[arm]
     trained = [t.key for t in prepare(plan, arm, seed)] or [digest(plan.models["teacher"]), seed]
-    return short_hash([trained, {way: WAYS[way] for way in chosen.ways}, chosen.watched, plan.n, *(digest(plan.models[role]) for role in JUDGES)])
+    return short_hash([trained, {way: WAYS[way] for way in chosen.ways}, chosen.watched, chosen.before, plan.n, *(digest(plan.models[role]) for role in ("judge", "held_out"))])
 
 
 def slug(text: str) -> str:

@@ -23,7 +23,7 @@ def rows_of(cell: Mapping) -> list[dict]:
     for way, m in cell["ways"].items():
         name = cell["arm"] if len(cell["ways"]) == 1 else f"{cell['arm']}, {way}"
         row = {"arm": name, "seed": cell["seed"], "updates": cell["updates"], **{k: cell[k] for k in COSTS if k in cell}}
-        row |= {k: m[k] for k in (*FIGURES, *IN_USE) if k in m}
+        row |= {k: m[k] for k in (*FIGURES, "keep_psnr_se", "manifold_psnr_se", *IN_USE) if k in m}
         row |= {"p_edit": m["judge_p_yes"]["edit"], "p_identity": m["judge_p_yes"]["identity"]}
         row["calibration"] = sum(m["calibration_error"].values()) / len(m["calibration_error"])
         rows.append(row | {f"success_{kind}": value for kind, value in m["success_by_type"].items()})
@@ -45,9 +45,10 @@ def cells(plan: Plan) -> list[dict]:
 
 
 def error_of(values, n: int) -> float | None:
-    """Standard error of a mean over seeds; of shares of n edits each at least the binomial one; None for one seed of anything else."""
+    """Standard error of a mean over seeds, of shares at least the binomial one of n edits; None for one seed of anything else."""
     over_seeds = [float(values.std(ddof=1) / len(values) ** 0.5)] if len(values) > 1 else []
-    over_edits = [float((values.mean() * (1 - values.mean()) / (n * len(values))) ** 0.5)] if values.name in SHARES else []
+    share = values.name in SHARES or values.name.startswith("success_")
+    over_edits = [float((values.mean() * (1 - values.mean()) / n) ** 0.5)] if share else []
     return max(over_seeds + over_edits, default=None)
 
 
@@ -58,12 +59,15 @@ def summarize(rows: Sequence[Mapping]) -> list[dict]:
     table, out = pandas.DataFrame(rows), []
     for arm, group in table.groupby("arm", sort=False):
         entry = {"arm": arm, "seeds": group["seed"].tolist(), "updates": int(group["updates"].iloc[0]), "n": int(group["n"].iloc[0])}
-        for name in (c for c in table.columns if c not in ("arm", "seed", "updates", "n")):
+        kinds = sum(c.startswith("success_") for c in table.columns)
+        for name in (c for c in table.columns if c not in ("arm", "seed", "updates", "n") and not c.endswith("_se")):
             values = group[name].dropna()
             if len(values):
                 entry[name] = float(values.mean())
-                if (error := error_of(values, entry["n"])) is not None and name not in (*COSTS, *IN_USE):
-                    entry[f"{name}_se"] = error
+                error = error_of(values, entry["n"] // kinds if name.startswith("success_") else entry["n"])
+                over_edits = group[f"{name}_se"].mean() if f"{name}_se" in group else None  # of PSNRs: the requests are the same for all seeds
+                if (known := [e for e in (error, over_edits) if e is not None]) and name not in (*COSTS, *IN_USE):
+                    entry[f"{name}_se"] = float(max(known))
         out.append(entry)
     return out
 
