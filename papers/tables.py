@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
@@ -149,169 +151,143 @@ def asking_table() -> str:
 
 # --- the paper's claims
 
-SECOND = {  # the no-pair editor of 2,000 updates whose arms are in arms.json; its figures are those of log.md, "second round" and "third round"
-    "success": 0.749, "kept": 0.77, "on_manifold": 0.95, "keep_psnr": 31.4, "manifold_psnr": 30.0, "success_by_type": {"remove": 0.94},
-    "n": 1536, "cpu_seconds": 36 * 60, "updates": 2000, "seeds": 1, "source": "log, second round",
+PLAIN, MARGIN, CLEAR = 2.0, 0.05, "within the error"  # standard errors from which a difference counts; of success, by which "on par" may fall short
+SECOND = {  # the no-pair editor of 2,000 updates whose arms are in arms.json, judge of the second round; from log.md, "second round", where it has a seed of 3 x 512 edits
+    "success": 0.749, "success_se": 0.011, "kept": 0.77, "on_manifold": 0.95, "success_remove": 0.94, "n": 512, "cpu_seconds": 36 * 60, "updates": 2000, "seeds": 1,
 }  # fmt: skip
-PLAIN, CLEAR = 2.0, "within the error"  # standard errors from which a difference has a sign
-
-
-def rate_error(rate: float, n: int) -> float:
-    return (rate * (1 - rate) / n) ** 0.5
+LOGGED = "log, second round"
 
 
 def arm(name: str, updates: int) -> dict | None:
-    """An arm of the objective study at a length, all seeds; the logged editor stands for "full" at 2,000 updates until it is run again."""
+    """One of the first arms, all seeds; the logged editor stands for "full" at 2,000 updates."""
     entries = [entry for key, entry in read("arms").items() if key.split("/")[:2] == [name, str(updates)]]
     if not entries:
         return SECOND if (name, updates) == ("full", 2000) else None
-    ways = [e["4 steps"] for e in entries]
-    over = lambda key: mean(w[key] for w in ways)
-    found = {key: over(key) for key in ("success", "kept", "done", "on_manifold", "keep_psnr", "manifold_psnr")}
-    found["success_by_type"] = {"remove": mean(w["success_by_type"]["remove"] for w in ways)}
-    return found | {"n": sum(w["n"] for w in ways), "cpu_seconds": mean(e["cpu_seconds"] for e in entries), "updates": updates, "seeds": len(ways)}
+    found = {key: mean(e["4 steps"][key] for e in entries) for key in ("success", "kept", "on_manifold")}
+    found["success_remove"] = mean(e["4 steps"]["success_by_type"]["remove"] for e in entries)
+    return found | {"n": entries[0]["4 steps"]["n"], "cpu_seconds": mean(e["cpu_seconds"] for e in entries), "updates": updates, "seeds": len(entries)}
 
 
 def studied(study: str, name: str) -> dict | None:
-    """A row of a study's table, where the study has been run."""
+    """A row of a study's table, where the study has been run with this arm."""
     path = RESULTS / "studies" / study / "table.json"
     rows = json.loads(path.read_text())["arms"] if path.is_file() else []
-    row = next((r for r in rows if r["arm"] == name), None)
-    if row is None:
-        return None
-    by_type = {"remove": row.get("success_remove", float("nan"))}
-    return {**row, "n": row["n"] * len(row["seeds"]), "seeds": len(row["seeds"]), "success_by_type": by_type}
-
-
-def early(a: str, b: str) -> tuple[dict | None, dict | None]:
-    """Two arms of the objective study where both have been run, else of the first arms at 300 updates."""
-    found = [studied("objective", name) or studied("objective", f"{name}, 4 steps") for name in (a, b)]
-    return tuple(found) if None not in found else (arm(a, 300), arm(b, 300))
+    row = next((r for r in rows if r["arm"] in (name, f"{name}, 4 steps")), None)
+    return row and {**row, "seeds": len(row["seeds"])}
 
 
 def supervised() -> dict | None:
-    """The rival trained on pairs, at its four re-noising steps."""
+    """The rival trained on pairs for as long as `SECOND`, at its four re-noising steps."""
     entries = read("rivals").get("paired SFT", {}).get("4 steps")
-    if not entries:
+    if not entries or read("rivals")["updates"] != SECOND["updates"]:
         return None
-    removed = {"remove": mean(e["success_by_type"]["remove"] for e in entries)}
-    over = lambda key: mean(e[key] for e in entries)
-    return {"success": over("success"), "kept": over("kept"), "manifold_psnr": over("manifold_psnr"), "success_by_type": removed, "n": sum(e["n"] for e in entries), "updates": read("rivals")["updates"], "seeds": 1}
+    return {"success": mean(e["success"] for e in entries), "n": sum(e["n"] for e in entries), "updates": SECOND["updates"], "seeds": 1}
 
 
-def shipped() -> dict:
-    """The editor as it ships, whatever it was trained for."""
-    entries = read("editor")["editor"]
-    return {"success": mean(e["success"] for e in entries), "n": sum(e["n"] for e in entries)}
+def error_of(row: dict, key: str) -> float | None:
+    """A figure's standard error: the study's, else of a share the binomial one (one edit in eight is a removal); None for others."""
+    if f"{key}_se" in row:
+        return row[f"{key}_se"]
+    n = row["n"] / 8 if key == "success_remove" else row["n"]
+    return None if key.endswith("psnr") else (row[key] * (1 - row[key]) / n) ** 0.5
 
 
 def shown(row: dict, key: str) -> str:
-    """A figure with its error: over seeds where the study has several, else binomial for shares of edits."""
-    value = row["success_by_type"]["remove"] if key == "removals" else row[key]
-    if key.endswith("psnr"):
-        return f"{value:.1f} dB"
-    n = row["n"] / 8 if key == "removals" else row["n"]  # one edit in eight is a removal
-    error = row.get(f"{key}_se", rate_error(value, n))
-    return f"{value:.3f} ({error:.3f})"
+    error = error_of(row, key)
+    digits, unit = (1, " dB") if key.endswith("psnr") else (3, "")
+    return f"{row[key]:.{digits}f}" + ("" if error is None else f" ({error:.{max(digits, 2)}f})") + unit
 
 
-def sign(a: dict, b: dict, key: str) -> str:
-    """Is a better than b? Differences of shares below two standard errors, and of PSNR below a tenth of a dB, have no sign."""
-    value = lambda row: row["success_by_type"]["remove"] if key == "removals" else row[key]
-    gap = value(a) - value(b)
-    if key.endswith("psnr"):
-        return "yes" if gap > 0.1 else "no" if gap < -0.1 else CLEAR
-    error = lambda row: row.get(f"{key}_se", rate_error(value(row), row["n"] / 8 if key == "removals" else row["n"]))
-    return CLEAR if abs(gap) <= PLAIN * (error(a) ** 2 + error(b) ** 2) ** 0.5 else "yes" if gap > 0 else "no"
+def sign(a: dict, b: dict, key: str, better: bool = True) -> str:
+    """Is a better than b, by more than two standard errors of the difference? Or, where the claim is that a is as good: is it no worse than
+    `MARGIN` below b, or surely worse?"""
+    gap, errors = a[key] - b[key], (error_of(a, key), error_of(b, key))
+    if None in errors:
+        return "error unknown"
+    slack = PLAIN * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+    if better:
+        return CLEAR if abs(gap) <= slack else "yes" if gap > 0 else "no"
+    return "yes" if gap - slack > -MARGIN else "no" if gap + slack < -MARGIN else CLEAR
 
 
 def cost(row: dict) -> str:
-    if "updates" not in row:
-        return "as shipped"
     seconds = f", {row['cpu_seconds']:,.0f} CPU-s" if "cpu_seconds" in row else ""
     return f"{row['updates']:,} updates, {row['seeds']} seed{'s' * (row['seeds'] > 1)}{seconds}"
 
 
-def compared(key: str, *pairs) -> tuple[str, str, str]:
-    """What was found for pairs of (name, row) against (name, row), better first by the claim; the last pair's figures alone, which are of the
-    longest training; and whether each pair has the claim's sign."""
-    found, short, signs = [], "", []
-    for (first, a), (second, b) in pairs:
-        if a is not None and b is not None:
-            source = "".join(f"; {row['source']}" for row in (a, b) if "source" in row)
-            found.append(f"{first} {shown(a, key)}, {second} {shown(b, key)} ({cost(a)} against {cost(b)}{source})")
-            short = f"{shown(a, key)}, {shown(b, key)}"
-            signs.append(sign(a, b, key))
-    return "; ".join(found), short, " / ".join(signs)
+@dataclass(frozen=True)
+class Claim:
+    """`first` is better by the claim than `second` (arms of the study) in `key`; or as good, where not `better`. `why` by sign."""
+
+    text: str
+    paper: str  # its figures, VIEScore overall unless said
+    study: str
+    first: str
+    second: str
+    why: Mapping[str, str]
+    key: str = "success"
+    better: bool = True
+
+    def pairs(self) -> list[tuple[dict, dict, str]]:
+        """Rows to compare and their source; the study's last, which one command makes again."""
+        found = [(arm(self.first, 2000), arm(self.second, 2000) or (supervised() if self.second == "paired SFT" else None), LOGGED)] if self.study == "objective" else []
+        found.append((studied(self.study, self.first), studied(self.study, self.second), ""))
+        return [(a, b, source) for a, b, source in found if a and b]
+
+    def signs(self) -> list[str]:
+        return [sign(a, b, self.key, self.better) for a, b, _ in self.pairs()]
+
+    def found(self) -> list[str]:
+        return [
+            f"{self.first} {shown(a, self.key)}, {self.second} {shown(b, self.key)} ({cost(a)} against {cost(b)}{source and '; ' + source})" for a, b, source in self.pairs()
+        ]
 
 
-def claims() -> list[tuple[str, str, str, tuple[str, str, str], dict[str, str]]]:
-    """Claim, the paper's figures (VIEScore overall unless said), command, what was found, and why, by the last sign that was found."""
-    row = lambda study, name: (name, studied(study, name))
-    both = lambda key, a, b: compared(key, *(((a, x), (b, y)) for x, y in (early(a, b), (arm(a, 2000), arm(b, 2000)))))
-    return [
-        (
-            "full beats DMD only", "6.10, 4.93", "objective", both("success", "full", "DMD only"),
-            {"yes": "the caption that DMD reads carries most edits by itself; the judge adds what no caption says: where, and that the rest stays."},
-        ),
-        (
-            "full beats judge only", "6.10, 1.93", "objective", both("success", "full", "judge only"),
-            {"yes": "off the manifold the judge's gradient means nothing, and the student does not find back."},
-        ),
-        (
-            "judge only leaves the manifold (share of outputs on it)", "\"diverges\"; PQ 7.69, 3.48", "objective", both("on_manifold", "full", "judge only"),
-            {"yes": "a small network can be pleased by what is no picture; a judge schooled under attack delays that and does not prevent it."},
-        ),
-        (
-            "DMD only fails at removals (success on removals)", "removal collapses", "objective", both("removals", "full", "DMD only"),
-            {"yes": "a target caption simply does not mention the thing; worse, not a collapse as in the paper: scenes here are small enough that the caption names everything in them."},
-        ),
-        (
-            "without the identity question less is kept (rest kept)", "6.10, 5.76", "objective",
-            both("kept", "full", "no identity question"),
-            {"yes": "nothing else speaks for the rest: the caption names no places, and the edit question alone is pleased most by redrawing the picture."},
-        ),
-        (
-            "two answer tokens beat the full vocabulary", "6.10, 5.89", "objective",
-            both("success", "full", "full-vocabulary loss"),
-            {CLEAR: "the judge here has 84 words and puts all its probability on the two answers (log): the losses are nearly one."},
-        ),
-        ("two unrolled calls beat one", "no figure known", "unroll", compared("success", (row("unroll", "two calls"), row("unroll", "one call"))), {}),
-        (
-            "a larger judge helps", "LLaVA 7B 6.10, 0.5B 4.59; InternVL 14B 5.89, 2B 5.45", "judge_size",
-            compared("success", (row("judge_size", "large"), row("judge_size", "small"))), {},
-        ),
-        ("more requests help", "all 6.10, half 5.52, 1 % 4.66", "data", compared("success", (row("data", "100 %"), row("data", "1 %")), (row("data", "100 %"), row("data", "50 %"))), {}),
-        (
-            "on par with training on pairs, at four steps", "6.10; best of those trained on pairs 6.06", "objective",
-            compared("success", *((("no-pair", a), ("trained on pairs", b)) for a, b in (early("full", "paired SFT"), (SECOND, supervised()), (shipped(), supervised())))),
-            {"no": "exact targets cost nothing here and are always right, which no data set of pairs is; nor do they need distillation to be sampled in four steps."},
-        ),
-        (
-            "better than SFT + Flow-GRPO with the same judge", "6.06 (SFT + NP-Edit), 4.19", "rl",
-            compared("success", (row("rl", "SFT + NP-Edit"), row("rl", "SFT + Flow-GRPO"))), {},
-        ),
-        (
-            "Flow-GRPO costs image quality (manifold-PSNR)", "PQ 5.70 before, 5.47 after", "rl",
-            compared("manifold_psnr", (row("rl", "SFT, 4 steps"), row("rl", "SFT + Flow-GRPO"))), {},
-        ),
-        ("no SFT start is needed", "6.10 without, 6.06 with", "rl", compared("success", (row("rl", "NP-Edit"), row("rl", "SFT + NP-Edit"))), {}),
-    ]  # fmt: skip
+SCENES = "a target caption does not mention the thing that is to go; worse, not a collapse as in the paper: scenes here are so small that a caption names everything in them."
+CLAIMS = (
+    Claim("full beats DMD only", "6.10, 4.93", "objective", "full", "DMD only", {
+        "yes": "the caption that DMD reads carries most edits by itself; the judge adds what no caption says: where, and that the rest stays.",
+    }),
+    Claim("full beats judge only", "6.10, 1.93", "objective", "full", "judge only", {"yes": "off the manifold the judge's gradient means nothing, and the student does not find back."}),
+    Claim("judge only leaves the manifold (share of outputs on it)", "\"diverges\"; PQ 7.69, 3.48", "objective", "full", "judge only", {
+        "yes": "a small network can be pleased by what is no picture; a judge schooled under attack delays that and does not prevent it.",
+    }, "on_manifold"),
+    Claim("DMD only fails at removals (success on removals)", "removal collapses", "objective", "full", "DMD only", {"yes": SCENES, CLEAR: SCENES}, "success_remove"),
+    Claim("without the identity question less is kept (rest kept)", "6.10, 5.76", "objective", "full", "no identity question", {
+        "yes": "nothing else speaks for the rest: the caption names no places, and the edit question alone is pleased most by redrawing the picture.",
+    }, "kept"),
+    Claim("two answer tokens beat the full vocabulary", "6.10, 5.89", "objective", "full", "full-vocabulary loss", {
+        CLEAR: "the judge here has 84 words and puts all its probability on the two answers (log): the losses are nearly one.",
+    }),
+    Claim("two unrolled calls beat one", "no figure known", "unroll", "two calls", "one call", {}),
+    Claim("a larger judge helps", "LLaVA 7B 6.10, 0.5B 4.59; InternVL 14B 5.89, 2B 5.45", "judge_size", "medium", "small", {}),
+    Claim("more requests help: as many as draws, against 1 %", "all 6.10, 1 % 4.66", "data", "100 %", "1 %", {}),
+    Claim("the same, against half of them", "all 6.10, half 5.52", "data", "100 %", "50 %", {}),
+    Claim("on par with training on pairs, at four steps", "6.10; best of those trained on pairs 6.06", "objective", "full", "paired SFT", {
+        "no": "exact targets cost nothing here and are always right, which no data set of pairs is; nor do they need distillation to be sampled in four steps.",
+    }, better=False),
+    Claim("better than SFT + Flow-GRPO with the same judge", "6.06 (SFT + NP-Edit), 4.19", "rl", "SFT + NP-Edit", "SFT + Flow-GRPO", {}),
+    Claim("Flow-GRPO costs image quality (manifold-PSNR before and after it)", "PQ 5.70, 5.47", "rl", "SFT + Flow-GRPO, 4 steps before the last stage", "SFT + Flow-GRPO", {}, "manifold_psnr"),
+    Claim("no SFT start is needed", "6.10 without, 6.06 with", "rl", "NP-Edit", "SFT + NP-Edit", {}, better=False),
+)  # fmt: skip
 
 
 def claims_table() -> str:
     rows = []
-    for claim, paper, study, (found, _, signs), why in claims():
-        last = signs.split(" / ")[-1]
-        rows.append([claim, paper, found or f"not measured: `vlmedit study {study}`", signs or "-", why.get(last, "") if signs else ""])
-    said = "Paper: VIEScore, overall unless said. Here: share of exact successes by the oracle, standard error in brackets (over edits where there is one seed); a sign is read from two standard errors on. At 300 updates students have hardly begun."
+    for claim in CLAIMS:
+        signs = claim.signs()
+        rows.append([claim.text, claim.paper, "; ".join(claim.found()) or f"not measured: `vlmedit study {claim.study}`", " / ".join(signs) or "-", claim.why.get(signs[-1], "") if signs else ""])
+    said = "Paper: VIEScore, overall unless said. Here: share of exact successes by the oracle unless said, standard error in brackets (the larger one of over edits and over seeds). A sign is read from two standard errors of the difference on; that something is on par, or not needed, where it is no more than .05 below."
     return f"### The paper's claims\n\n{said}\n\n" + table(["claim", "paper", "here", "same sign", "why"], rows)
 
 
 def claims_summary() -> str:
     """README's: each claim's last comparison."""
-    rows = [[claim, paper, short or "not measured", signs.split(" / ")[-1] if signs else "-"] for claim, paper, _, (_, short, signs), _ in claims()]
-    said = "The paper's claims (its VIEScore) and ours (share of exact successes by the oracle unless said, standard error in brackets), at the longest training that was measured; costs, shorter ones and reasons: [papers/npedit.md](papers/npedit.md), section 7."
+    rows = []
+    for claim in CLAIMS:
+        a, b, _ = claim.pairs()[-1] if claim.pairs() else (None, None, "")
+        rows.append([claim.text, claim.paper, f"{shown(a, claim.key)}, {shown(b, claim.key)}" if a else "not measured", claim.signs()[-1] if a else "-"])
+    said = "The paper's claims (its VIEScore) and ours (share of exact successes by the oracle unless said, standard error in brackets); what was trained for how long, and why it came out so: [papers/npedit.md](papers/npedit.md), section 7."
     return f"{said}\n\n" + table(["claim", "paper", "here", "same sign"], rows)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ def script(name: str):
     """A script of papers/ as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "papers" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where its dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -58,27 +60,35 @@ def test_what_is_not_measured_is_not_in_the_tables(tmp_path, monkeypatch):
 
 
 def test_a_difference_has_a_sign_from_two_standard_errors_on():
-    """Of 400 edits each: .50 against .40 is 2.9 errors, .50 against .44 is 1.7; nothing against nothing is no sign; PSNR from a tenth of a dB on."""
-    row = lambda success, psnr=30.0, **more: {"success": success, "manifold_psnr": psnr, "n": 400, "success_by_type": {"remove": success}} | more
+    """Of 400 edits each: .50 against .40 is 2.9 errors, .50 against .44 is 1.7; nothing against nothing is no sign; of PSNRs by their own errors alone."""
+    row = lambda success, psnr=30.0, **more: {"success": success, "manifold_psnr": psnr, "n": 400, "success_remove": success} | more
     assert tables.sign(row(0.5), row(0.4), "success") == "yes" and tables.sign(row(0.4), row(0.5), "success") == "no"
-    assert tables.sign(row(0.5), row(0.44), "success") == tables.sign(row(0.0), row(0.0), "removals") == tables.CLEAR
-    assert tables.sign(row(0.5, success_se=0.01), row(0.44, success_se=0.01), "success") == "yes"  # over seeds, where there are some
-    assert tables.sign(row(0.5), row(0.4), "removals") == tables.CLEAR  # fifty removals each
-    assert [tables.sign(row(0, a), row(0, b), "manifold_psnr") for a, b in ((30.2, 30.0), (30.0, 30.2), (30.05, 30.0))] == ["yes", "no", tables.CLEAR]
+    assert tables.sign(row(0.5), row(0.44), "success") == tables.sign(row(0.0), row(0.0), "success_remove") == tables.CLEAR
+    assert tables.sign(row(0.5, success_se=0.01), row(0.44, success_se=0.01), "success") == "yes"  # the study's own
+    assert tables.sign(row(0.5), row(0.4), "success_remove") == tables.CLEAR  # fifty removals each
+    psnr = lambda a, b, error=0.1: tables.sign(row(0, a, manifold_psnr_se=error), row(0, b, manifold_psnr_se=error), "manifold_psnr")
+    assert [psnr(30.5, 30.0), psnr(30.0, 30.5), psnr(30.2, 30.0)] == ["yes", "no", tables.CLEAR] and psnr(30.5, 30.0, 1.0) == tables.CLEAR
+    assert tables.sign(row(0), row(0), "manifold_psnr") == "error unknown"
+
+
+def test_as_good_means_no_more_than_the_margin_below():
+    """Errors of .01 each, two of their difference .028: .50 against .51 is surely above -.05, against .60 surely below, against .54 neither."""
+    row = lambda success: {"success": success, "success_se": 0.01, "n": 1}
+    assert [tables.sign(row(0.5), row(other), "success", better=False) for other in (0.4, 0.51, 0.54, 0.6)] == ["yes", "yes", tables.CLEAR, "no"]
 
 
 def test_every_claim_is_there_measured_or_with_its_command():
-    """Thirteen claims; what nobody has measured names a study that exists; what was measured has a sign per comparison."""
+    """Each names a study and arms that exist; what nobody has measured its command; what was measured has a sign per comparison."""
     from vlmedit.study import STUDIES
 
-    found = tables.claims()
-    assert len(found) == 13 and len({claim for claim, *_ in found}) == 13
-    lines = tables.claims_table().splitlines()[-13:]
-    for line, (claim, _, study, (here, short, signs), _) in zip(lines, found):
-        assert study in STUDIES and line.startswith(f"| {claim} |")
-        assert (f"`vlmedit study {study}`" in line) == (not here)
-        assert bool(here) == bool(short) and short.split(",")[0] in here
-        assert not here or set(signs.split(" / ")) <= {"yes", "no", tables.CLEAR}
+    assert len({claim.text for claim in tables.CLAIMS}) == len(tables.CLAIMS) == 14
+    lines = tables.claims_table().splitlines()[-14:]
+    for line, claim in zip(lines, tables.CLAIMS):
+        assert line.startswith(f"| {claim.text} |")
+        assert {name.split(", ")[0] for name in (claim.first, claim.second)} <= set(STUDIES[claim.study].arms)
+        assert (f"`vlmedit study {claim.study}`" in line) == (not claim.found()) and len(claim.found()) == len(claim.signs())
+        assert set(claim.signs()) <= {"yes", "no", tables.CLEAR} and set(claim.why) <= {"yes", "no", tables.CLEAR}
+        assert not claim.signs() or claim.signs()[-1] in claim.why, claim.text
 
 
 def test_a_study_that_was_run_fills_its_claim(tmp_path, monkeypatch):
@@ -87,12 +97,12 @@ def test_a_study_that_was_run_fills_its_claim(tmp_path, monkeypatch):
         (tmp_path / path.name).write_text(path.read_text())
     row = lambda arm, success: dict(arm=arm, success=success, success_se=0.01, manifold_psnr=30.0, updates=300, n=512, seeds=[0, 1], cpu_seconds=100.0, success_remove=0.1)
     (tmp_path / "studies" / "rl").mkdir(parents=True)
-    (tmp_path / "studies" / "rl" / "table.json").write_text(json.dumps({"arms": [row("SFT + NP-Edit", 0.2), row("SFT + Flow-GRPO", 0.3), row("NP-Edit", 0.2)]}))
+    (tmp_path / "studies" / "rl" / "table.json").write_text(json.dumps({"arms": [row("SFT + NP-Edit, 4 steps", 0.2), row("SFT + Flow-GRPO, 4 steps", 0.3), row("NP-Edit", 0.2)]}))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     lines = {line.split(" | ")[0][2:]: line for line in tables.claims_table().splitlines() if line.startswith("| ")}
     line = lines["better than SFT + Flow-GRPO with the same judge"]
     assert "SFT + NP-Edit 0.200 (0.010), SFT + Flow-GRPO 0.300 (0.010) (300 updates, 2 seeds, 100 CPU-s" in line and "| no |" in line
-    assert tables.CLEAR in lines["no SFT start is needed"] and "vlmedit study rl" in lines["Flow-GRPO costs image quality (manifold-PSNR)"]
+    assert "| yes |" in lines["no SFT start is needed"] and "vlmedit study rl" in lines["Flow-GRPO costs image quality (manifold-PSNR before and after it)"]
 
 
 def test_a_wording_s_figures_are_those_of_its_file(tmp_path, monkeypatch):
