@@ -467,6 +467,20 @@ def test_impossible_settings_are_named(bad):
         TrainConfig(**bad)
 
 
+IMPOSSIBLE = (
+    ("npedit", dict(guidance=float("nan"))), ("npedit", dict(judge_weight=-0.1)), ("npedit", dict(pool=0)), ("npedit", dict(sampler_steps=0)), ("npedit", dict(sampler_shift=-1.0)),
+    ("npedit", dict(lr="fast")), ("npedit", dict(batch=2.5)), ("npedit", dict(warmup=True)), ("judge", dict(size="huge")), ("judge", dict(attack_share=2)), ("judge", dict(attack_radius=-1)),
+    ("grpo", dict(kl_weight=-1)), ("grpo", dict(ratio_clip=0)), ("teacher", dict(text_dropout=1.5)), ("cyclegan", dict(critic_lr=0.0)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("stage, bad", IMPOSSIBLE, ids=[f"{stage} {next(iter(bad))}" for stage, bad in IMPOSSIBLE])
+def test_impossible_settings_of_a_stage_are_named(stage, bad):
+    ((key, value),) = bad.items()
+    with pytest.raises(ConfigError, match=f"^{key} is '?{value}'?; (it must be|it is|known)"):
+        ALL_STAGES[stage][0](**bad)
+
+
 @pytest.mark.parametrize("config", (TrainConfig, *(config for config, _ in ALL_STAGES.values())))
 def test_every_tier_of_every_stage_exists_and_round_trips(config, tmp_path):
     """Tiers build, overrides win over them, configs are frozen, and the saved file builds the same config."""

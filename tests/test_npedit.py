@@ -277,6 +277,13 @@ def test_the_other_stages_run_and_save_a_model(saved, tmp_path, name):
         assert model(pictures(1), torch.ones(1), torch.ones(1, 24, dtype=torch.long), pictures(1, 1)).isfinite().all()
 
 
+def test_paired_training_lowers_its_own_loss(saved, tmp_path):
+    """Forty updates: the last ten losses are a tenth below the first ten."""
+    config = SFTConfig.make("smoke", student=str(saved / "warm"), side=SIDE, steps=40, batch=8, lr=3e-3, precision="no", save_every=40, out=str(tmp_path / "run"))
+    losses = [step.metrics["loss"] for step in STAGES["sft"][1](config)]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
 @pytest.mark.parametrize("name", ("warmup", "sft", "distill"))
 def test_the_other_stages_depend_on_their_seed_alone(saved, tmp_path, name):
     """Whatever the process drew before, the same seed gives the same weights, bit for bit, also when killed in the middle (for the

@@ -296,6 +296,22 @@ def test_every_arm_makes_two_updates(folder, tmp_path, name):
         assert steps[0].metrics["anchor_loss"] == 0 < steps[1].metrics["anchor_loss"]
 
 
+@pytest.mark.parametrize("name", ("ReFL", "AlignProp", "R0", "asking"))
+def test_every_reward_without_dmd_pleases_its_judge_more(folder, tmp_path, name):
+    """Twelve updates on one batch with the same draws each time: what the update lowers falls, and the judge is more pleased."""
+    config = NPEditConfig.make("smoke", **{**ARMS[name], "second": None, "dmd_weight": 0.0}, judge_weight=1.0, nothing_weight=0.0, gain_steps=1, side=SIDE, precision="no", out=str(tmp_path))
+    student, judge, batch = tiny_dit(1), tiny_judge(3), requests("recolor", "style", "background", "remove")
+    roles = NPEdit(config, student, tiny_dit(0), tiny_dit(0), judge)
+    optimizer, losses = torch.optim.Adam(student.parameters(), 2e-3), []
+    for _ in range(12):
+        torch.manual_seed(0)
+        _, metrics = roles.student_backward(batch, (1.0, 0.5) if config.calls == "mixed" else (1.0, 0.75, 0.5, 0.25), 5)
+        losses.append((sum(metrics.get(k, 0.0) for k in ("judge_loss", "anchor_loss", "pretrain_loss")), metrics["judge_loss"]))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1][0] < losses[0][0] - 1e-3 and losses[-1][1] < losses[0][1] - 1e-3
+
+
 def test_bad_settings_are_named(folder, tmp_path):
     bad = {
         "reward is 'guess'; known: judge, teacher": dict(reward="guess"),

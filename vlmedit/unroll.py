@@ -10,33 +10,41 @@ Shapes: noise (B, C, H, W). Deviates from the paper: fresh noise by default, as 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from vlmedit.flow import Velocity, few_step_times, interpolate, to_x0
 
-CALLS = ("one", "two", "mixed", "all")
+Times = tuple[float, ...]
 RENOISE = ("fresh", "same")
 
 
-def draw_times(rng: random.Random, calls: str = "mixed", steps: int = 4, shift: float = 1.0) -> tuple[float, ...]:
-    """Times of one unroll on the sampler's own grid. "one": (1,); "two": (1, t_k); "mixed": k uniform over the grid, so
-    one in `steps` unrolls is a single call, as released; "all": the whole grid."""
-    grid = few_step_times(steps, shift)
-    if calls == "one":
-        return grid[:1]
-    if calls == "all":
-        return grid
-    if calls == "two":
-        if steps < 2:
-            raise ValueError(f"unroll 'two' needs at least 2 steps, got {steps}")
-        return grid[0], rng.choice(grid[1:])
-    if calls == "mixed":
-        k = rng.randrange(steps)
-        return grid[:1] if k == 0 else (grid[0], grid[k])
-    raise ValueError(f"unknown unroll {calls!r}; known: {', '.join(CALLS)}")
+def two(rng: random.Random, grid: Times) -> Times:
+    if len(grid) < 2:
+        raise ValueError(f"unroll 'two' needs at least 2 steps, got {len(grid)}")
+    return grid[0], rng.choice(grid[1:])
+
+
+def mixed(rng: random.Random, grid: Times) -> Times:
+    k = rng.randrange(len(grid))
+    return grid[:1] if k == 0 else (grid[0], grid[k])
+
+
+CALLS: dict[str, Callable[[random.Random, Times], Times]] = {  # which of the sampler's times an unroll calls the student at
+    "one": lambda rng, grid: grid[:1],
+    "two": two,  # (1, t_k), k uniform
+    "mixed": mixed,  # k uniform over the whole grid, so that one in `steps` unrolls is a single call, as released
+    "all": lambda rng, grid: grid,
+}
+
+
+def draw_times(rng: random.Random, calls: str = "mixed", steps: int = 4, shift: float = 1.0) -> Times:
+    """Times of one unroll on the sampler's own grid, by one of `CALLS`. Raises ValueError for an unknown one, or too few steps."""
+    if calls not in CALLS:
+        raise ValueError(f"unknown unroll {calls!r}; known: {', '.join(CALLS)}")
+    return CALLS[calls](rng, few_step_times(steps, shift))
 
 
 def rollout(velocity: Velocity, noise: Tensor, times: Sequence[float], renoise: str = "fresh", gradient_calls: int | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,15 @@ from vlmedit.data import TASKS
 from vlmedit.dmd import NORMS
 from vlmedit.objectives import OBJECTIVES
 from vlmedit.rewards import REWARDS, WORDINGS
+from vlmedit.training_free import EDITORS
 from vlmedit.unroll import CALLS, RENOISE
 from vlmedit.world.edits import ALL_TYPES
 
 TIERS = ("smoke", "laptop", "gpu")
-MAKERS = ("twins", "sdedit", "inversion", "flowedit")  # of synthetic pairs: see vlmedit/train/synthetic.py
+POSITIVE = ("lr", "fake_lr", "critic_lr", "clip", "spike", "time_shift", "sampler_shift", "ratio_clip", "advantage_clip", "pool", "sampler_steps")
+NOT_NEGATIVE = ("seed", "gain_steps", "warmup", "attack_from", "attack_steps", "attack_radius", "weight_decay")  # and every weight
+SHARES = ("final_lr", "text_dropout", "attack_share")  # in [0, 1]
+MAKERS = ("twins", *EDITORS)  # of synthetic pairs: see vlmedit/train/synthetic.py
 
 
 class ConfigError(ValueError):
@@ -49,12 +54,27 @@ class TrainConfig:
     save_every: int = 500  # updates between checkpoints
 
     def __post_init__(self):
+        self.check_numbers()
         self.check_counts("steps", "batch", "side", "save_every")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema is {self.ema}; it must lie in [0, 1)")
-        if self.lr <= 0:
-            raise ConfigError(f"lr is {self.lr}; it must be positive")
         self.check_choices(precision=("bf16", "no"))
+
+    def check_numbers(self) -> None:
+        """Raise `ConfigError` for a number that is none, is not finite, or lies where its kind of setting cannot."""
+        for field in dataclasses.fields(self):
+            name, value, kind = field.name, getattr(self, field.name), str(field.type)
+            if not kind.startswith(("int", "float")) or (value is None and "None" in kind):
+                continue
+            whole = kind.startswith("int")
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not math.isfinite(value):
+                raise ConfigError(f"{name} is {value!r}; it must be a {'whole' if whole else 'finite'} number")
+            if name in POSITIVE and value <= 0:
+                raise ConfigError(f"{name} is {value}; it must be positive")
+            if value < 0 and (name in NOT_NEGATIVE or name.endswith("_weight")):
+                raise ConfigError(f"{name} is {value}; it must be at least 0")
+            if name in SHARES and not 0 <= value <= 1:
+                raise ConfigError(f"{name} is {value}; it is a share in [0, 1]")
 
     def check_counts(self, *names: str) -> None:
         """Raise `ConfigError` for a setting below 1."""
@@ -122,6 +142,10 @@ class JudgeConfig(TrainConfig):
     softener: str | None = "runs/teacher/model"  # redraws some of the outputs as a student would; None is off
     students: tuple[str, ...] = ()  # earlier students, whose edits become lessons: what they bribe a judge with
     ground_weight: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_choices(size=JUDGE_SIZES)
 
     @classmethod
     def tiers(cls):
@@ -222,9 +246,6 @@ class NPEditConfig(TrainConfig):
             raise ConfigError(f"fake_updates is {self.fake_updates}; it must be at least 0")
         if not 0 <= self.settled < 1:
             raise ConfigError(f"settled is {self.settled}; it is a share in [0, 1)")
-        for name in ("gan_weight", "anchor_weight", "pretrain_weight"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0, which is off")
         if self.gan_weight and not (self.dmd_weight and OBJECTIVES.get(self.matching, OBJECTIVES["dmd"]).fake):
             raise ConfigError(f"gan_weight is {self.gan_weight}; its discriminator is a head of the fake score, which dmd_weight 0 and matching 'mmd' do not train")
         for name, off in (("second", None), ("wording", "schooled"), ("augment", False)):
@@ -312,12 +333,6 @@ class CycleConfig(TrainConfig):
     settled: float = 0.2  # as NPEditConfig: the same requests
     pool: int | None = None
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("cycle_weight", "nothing_weight"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0, which is off")
-
     @classmethod
     def tiers(cls):
         return {**super().tiers(), "gpu": dict(side=64, batch=128)}
@@ -365,7 +380,6 @@ class BootstrapConfig(CycleConfig):
             raise ConfigError(f"prior_weight is {self.prior_weight}; without it copying is the best answer: it must be positive")
         if not 0 <= self.follow < 1:
             raise ConfigError(f"follow is {self.follow}; it must lie in [0, 1)")
-        self.check_counts("sampler_steps")
 
 
 @dataclass(frozen=True)

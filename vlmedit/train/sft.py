@@ -1,4 +1,5 @@
-"""The paired rival: supervised flow matching towards the exact target image. It sees what NP-Edit never does."""
+"""The paired rival: supervised flow matching towards the exact target image [InstructPix2Pix, arXiv:2211.09800, Eq. 1, as velocities:
+arXiv:2209.03003, Eq. 1]. It sees what NP-Edit never does."""
 
 from __future__ import annotations
 
