@@ -376,23 +376,24 @@ def test_the_judge_s_choice_among_samples_pleases_it_more(models):
     pleased = lambda **given: ask_judge(judge, examples, *edit_examples(student, examples, **given)).log().mean().item()
     plain = pleased()
     for strength in (0.0, 1.0):
-        assert pleased(judge=judge, particles=4, strength=strength) > plain
+        assert pleased(search="samples", judge=judge, particles=4, strength=strength) > plain
     assert cells.use(student, [judge], judge, 8, 0, 1.0, study.WAYS["FK of 4"])["calls_per_edit"] == 16
-    assert torch.equal(edit_examples(student, examples)[1], edit_examples(student, examples, particles=1, strength=1.0)[1])
-    with pytest.raises(ValueError, match="particles is 4, and no judge chooses among them"):
-        edit_examples(student, examples, particles=4)
+    assert torch.equal(edit_examples(student, examples)[1], edit_examples(student, examples, search="samples", judge=judge, particles=1, strength=1.0)[1])
+    with pytest.raises(ValueError, match="search is 'samples', and no judge says what pleases"):
+        edit_examples(student, examples, search="samples", particles=4)
+    with pytest.raises(ValueError, match="unknown search 'luck'; known: samples, noise"):
+        edit_examples(student, examples, search="luck", judge=judge)
 
 
 def test_noise_that_pleases_the_judge_is_found(models):
     """ReNO: more P(yes) than its start, which is a single call; no weight gathers a gradient; nobody to please and several calls are refused."""
     student, judge, examples = tiny_dit(1), tiny_judge(3), held_out(16, 0, EDIT_TYPES)
     pleased = lambda **given: ask_judge(judge, examples, *edit_examples(student, examples, steps=1, **given)).log().mean().item()
-    assert pleased(judge=judge, noise_steps=15) > pleased() + 1e-3
+    assert pleased(search="noise", judge=judge, descents=15) > pleased() + 1e-3
     assert all(p.grad is None for p in (*student.parameters(), *judge.parameters()))
     assert cells.use(student, [judge], judge, 8, 0, 1.0, study.WAYS["ReNO"])["calls_per_edit"] == 21
-    for given, message in ((dict(steps=1, noise_steps=2), "no judge says where to"), (dict(steps=4, noise_steps=2, judge=judge), "the noise of one call")):
-        with pytest.raises(ValueError, match=message):
-            edit_examples(student, examples, **given)
+    with pytest.raises(ValueError, match="the noise of one call"):
+        edit_examples(student, examples, steps=4, search="noise", judge=judge, descents=2)
 
 
 # --- the table's arithmetic, and the command

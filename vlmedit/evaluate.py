@@ -26,7 +26,7 @@ from vlmedit.models.judge import JudgeModel
 from vlmedit.models.text import encode
 from vlmedit.schooling import lesson
 from vlmedit.scores import calibration_error
-from vlmedit.search import optimise_noise, steer
+from vlmedit.search import SEARCHES, Loss, Query
 from vlmedit.train.judge import attack, yes_no_losses
 from vlmedit.world.edits import EDIT_TYPES
 from vlmedit.world.language import caption, edit_question, identity_question
@@ -54,15 +54,14 @@ class Judged:
 @torch.no_grad()
 def edit_examples(
     student: DiT, examples: Sequence[Example], steps: int = 4, seed: int = 0, sampler: str = "renoise", shift: float = 1.0, batch: int = 64,
-    judge: JudgeModel | None = None, particles: int = 1, strength: float = 0.0, noise_steps: int = 0,
+    search: str | None = None, judge: JudgeModel | None = None, **settings,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """References and outputs (N, 3, S, S) of a student on held-out requests. With several `particles`, each output is the one that
-    `judge` likes best, steered to it by `strength` (search.steer; 0 is best-of-N). With `noise_steps` a single call's noise descends the
-    judge's loss so often (search.optimise_noise, ReNO)."""
-    if (particles > 1 or noise_steps) and judge is None:
-        raise ValueError(f"particles is {particles}, and no judge chooses among them; pass one" if particles > 1 else f"noise_steps is {noise_steps}, and no judge says where to; pass one")
-    if noise_steps and (steps > 1 or particles > 1):
-        raise ValueError(f"noise_steps is {noise_steps} with steps {steps} and particles {particles}; the search is for the noise of one call: leave both at 1")
+    """References and outputs (N, 3, S, S) of a student on held-out requests; by a `search` (search.SEARCHES, with its settings) those that
+    please `judge`. Raises ValueError for an unknown search or one without a judge."""
+    if search is not None and search not in SEARCHES:
+        raise ValueError(f"unknown search {search!r}; known: {', '.join(SEARCHES)}")
+    if search is not None and judge is None:
+        raise ValueError(f"search is {search!r}, and no judge says what pleases; pass one")
     side, device = student.config.side, next(student.parameters()).device
     references, outputs = [], []
     generator = torch.Generator().manual_seed(seed)
@@ -70,39 +69,23 @@ def edit_examples(
         part = examples[i : i + batch]
         reference = render([e.scene for e in part], side).to(device)
         text = student.encode_text(encode([e.instruction for e in part], TEXT_LENGTH).to(device))
-        given = student.hold_reference(reference, text)
+
+        def copies(k: int, part=part, reference=reference, text=text) -> tuple[Tensor, flow.Velocity, Loss]:
+            asked, pictures, words = [e for e in part for _ in range(k)], reference.repeat_interleave(k, 0), text.repeat_interleave(k, 0)
+            held = student.hold_reference(pictures, words)
+            noise = torch.randn(pictures.shape, generator=generator).to(device)
+            pleased = lambda x: right_answers(judge, asked, pictures, x.clamp(-1, 1)).clamp(min=1e-12).log().sum(0).to(device)
+            return noise, lambda x, t: student(x, t, words, held), pleased
+
         times = flow.few_step_times(steps, shift)
-        if noise_steps:
-            output = descended(student, judge, part, reference, text, generator, times, noise_steps)
-        elif particles > 1:
-            output = searched(student, judge, part, reference, text, generator, times, particles, strength, sampler)
+        if search is None:
+            noise, velocity, _ = copies(1)
+            output = flow.sample(velocity, noise, times, sampler, generator)
         else:
-            noise = torch.randn(reference.shape, generator=generator).to(device)
-            output = flow.sample(lambda x, t: student(x, t, text, given), noise, times, sampler, generator)
+            output = SEARCHES[search].run(Query(copies, times, sampler, generator), **settings)
         references.append(reference.cpu())
         outputs.append(output.clamp(-1, 1).cpu())
     return torch.cat(references), torch.cat(outputs)
-
-
-def searched(student, judge, examples, reference, text, generator, times, particles: int, strength: float, sampler: str) -> Tensor:
-    """The judge's favorites among `particles` samples of each request."""
-    many = lambda part: part.repeat_interleave(particles, 0)
-    asked, before, text = [e for e in examples for _ in range(particles)], many(reference), many(text)
-    given = student.hold_reference(before, text)
-    noise = torch.randn(before.shape, generator=generator).to(before.device)
-    reward = lambda pictures: ask_judge(judge, asked, before, pictures.clamp(-1, 1)).clamp(min=1e-12).log().sum(0).to(before.device)
-    return steer(lambda x, t: student(x, t, text, given), reward, noise, times, particles, strength, sampler, generator)
-
-
-def descended(student, judge, examples, reference, text, generator, times, noise_steps: int) -> Tensor:
-    """One call's pictures from the noises that please the judge."""
-    given = student.hold_reference(reference, text)
-    generate = lambda noise: flow.to_x0(noise, student(noise, noise.new_full((len(noise),), times[0]), text, given), times[0])
-    loss = lambda pictures: -right_answers(judge, examples, reference, pictures.clamp(-1, 1)).clamp(min=1e-12).log().sum(0)
-    noise = torch.randn(reference.shape, generator=generator).to(reference.device)
-    with torch.enable_grad():
-        *_, last = optimise_noise(generate, loss, noise, noise_steps)
-    return last.pictures
 
 
 def judge_by_oracle(examples: list[Example], reference: Tensor, output: Tensor) -> Judged:
@@ -179,14 +162,14 @@ def summary(judged: Judged, *judges: JudgeModel) -> dict:
 
 def evaluate_student(
     student: DiT, judge: JudgeModel | None, n: int = 512, seed: int = 0, steps: int = 4, kinds: Sequence[str] = EDIT_TYPES, sampler: str = "renoise",
-    shift: float = 1.0, particles: int = 1, strength: float = 0.0, noise_steps: int = 0,
+    shift: float = 1.0, search: str | None = None, **settings,
 ) -> tuple[dict, Judged]:  # fmt: skip
-    """Oracle metrics of a student on `n` held-out requests, types in turn, and the judged outputs. With several `particles` the judge
-    chooses among them (see `edit_examples`)."""
+    """Oracle metrics of a student on `n` held-out requests, types in turn, and the judged outputs; by a `search` and its settings those that
+    please the judge (see `edit_examples`)."""
     began = time.perf_counter()
     examples = held_out(n, seed, kinds)
-    search = dict(judge=judge, particles=particles, strength=strength, noise_steps=noise_steps) if particles > 1 or noise_steps else {}
-    judged = judge_by_oracle(examples, *edit_examples(student, examples, steps, seed, sampler, shift, **search))
+    searched = dict(search=search, judge=judge, **settings) if search else settings
+    judged = judge_by_oracle(examples, *edit_examples(student, examples, steps, seed, sampler, shift, **searched))
     metrics = summary(judged, *([judge] if judge else []))
     metrics.update(n=n, seed=seed, steps=steps, sampler=sampler, seconds=round(time.perf_counter() - began, 2))
     return metrics, judged

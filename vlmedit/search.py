@@ -6,6 +6,7 @@
 * Samples (FK steering): several particles of one request, resampled between a sampler's steps with weights
   exp(strength (r(x0 now) - r(x0 before))), r the reward of the clean estimates; the best at the end           [arXiv:2501.06848]
   One particle is plain sampling, one step or strength 0 is best-of-N.
+`SEARCHES` has them as an editor's user calls them; a new one is a function and a line there.
 
 `loss` maps pictures (B, 3, S, S) to one value per picture (B,); a picture's search does not depend on the batch it is in.
 The first two searches are generators: a step is yielded before it is taken, the last after the last update.
@@ -113,3 +114,50 @@ def steer(
         return x
     best = reward(x).view(-1, particles).argmax(1)
     return x.unflatten(0, (-1, particles))[torch.arange(len(best), device=x.device), best]
+
+
+# in use: an editor's requests, searched
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a search may do with a batch of B requests. `copies(k)` gives each request k times over, side by side: noise (k B, 3, S, S), the
+    student's velocity there, and the log probability (k B,) of the judge's right answers about pictures."""
+
+    copies: Callable[[int], tuple[Tensor, Velocity, Loss]]
+    times: Sequence[float]
+    sampler: str = "renoise"
+    generator: torch.Generator | None = None
+
+
+@torch.no_grad()
+def best_samples(query: Query, particles: int, strength: float = 0.0) -> Tensor:
+    """The judge's favorite of several samples of each request: best-of-N, or with `strength` FK steering."""
+    noise, velocity, reward = query.copies(particles)
+    return steer(velocity, reward, noise, query.times, particles, strength, query.sampler, query.generator)
+
+
+def best_noise(query: Query, descents: int) -> Tensor:
+    """One call's picture from the noise that pleases the judge most after so many steps of descent: ReNO."""
+    if len(query.times) > 1:
+        raise ValueError(f"search 'noise' with {len(query.times)} steps; the search is for the noise of one call: leave steps at 1")
+    noise, velocity, reward = query.copies(1)
+    (t,) = query.times
+    generate = lambda eps: to_x0(eps, velocity(eps, eps.new_full((len(eps),), t)), t)
+    with torch.enable_grad():
+        *_, last = optimise_noise(generate, lambda pictures: -reward(pictures), noise, descents)
+    return last.pictures
+
+
+@dataclass(frozen=True)
+class Search:
+    """A way to search in use: `run(query, **settings)` gives pictures (B, 3, S, S); `calls(steps, **settings)` counts the student's per edit."""
+
+    run: Callable[..., Tensor]
+    calls: Callable[..., int]
+
+
+SEARCHES = {
+    "samples": Search(best_samples, lambda steps, particles, strength=0.0: steps * particles),
+    "noise": Search(best_noise, lambda steps, descents: steps * (1 + descents)),
+}

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 from vlmedit.pictures import save_json
+from vlmedit.search import SEARCHES
 from vlmedit.study.arms import WAYS, Arm, find
 from vlmedit.study.plans import PATHS, Plan, Task, cell_file, finished, prepare, student_updates
 from vlmedit.train.stages import STAGES
@@ -86,7 +87,8 @@ def use(model, judges: Sequence, held_out_judge, n: int, seed: int, shift: float
         metrics, calls = {"n": n}, training_free.calls(**way)
     else:
         metrics, judged = evaluate_student(model, judges[0], n, 0, shift=shift, **way)
-        calls = way["steps"] * way.get("particles", 1) * (1 + way.get("noise_steps", 0))
+        searched = {k: v for k, v in way.items() if k not in ("steps", "sampler", "search")}
+        calls = SEARCHES[way["search"]].calls(way["steps"], **searched) if "search" in way else way["steps"]
     spent = time.process_time() - began
     metrics |= summary(judged, *judges)
     believed = ask_judge(held_out_judge, judged.examples, judged.reference, judged.output).mean().item()
