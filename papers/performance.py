@@ -2,6 +2,8 @@
 
     python papers/performance.py                         # on a CPU: tiny random models, ratios only; and the counted budget of the real sizes
     python papers/performance.py --size real --updates 3 # on a GPU: 6B backbone, 14B judge, 512 x 512, random weights made on the device
+    python papers/performance.py --kernels               # the same with the fused operations of vlmedit.kernels inside the update
+    python papers/performance.py --profile FILE          # and what an update of ours spends its time on, by torch.profiler
 
 Both structures run the same training loop (`vlmedit.real.train.train_loaded`) from the same settings; `STRUCTURES` and `FullLogits` make the
 difference (table in performance.md). Backbone and judge are recomputed in both, and references seen without a graph. Every unroll has two
@@ -23,6 +25,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -38,6 +41,7 @@ from torch.utils import flop_counter
 from transformers import AutoTokenizer
 
 from vlmedit.cli import read_settings, typed
+from vlmedit.kernels.inside import SWAPS, use
 from vlmedit.pictures import InputError
 from vlmedit.real import budget, loading, plan, tiny
 from vlmedit.real.backbones import family_of
@@ -213,7 +217,7 @@ class RandomSetup(Setup):
         exact = torch.bfloat16 if config.codec_precision == "bf16" else torch.float32
         autoencoder = random_model(plan.meta_codec(config.backbone)[0].autoencoder, device, exact)
         self.codec = ExactCodec(autoencoder, "codec" in config.checkpointing and autoencoder._supports_gradient_checkpointing).to(device)
-        made = lambda place, part=None, **kw: random_model(transformer, device, next(iter(kw.values())))  # its one keyword is the precision
+        made = lambda place, part=None, **kw: random_model(transformer, device, kw[loading.DTYPE])
         with mock.patch.object(loading, "load_transformer", made):
             self.roles = load_roles(config, TextBank(states, pooled), accelerator)
 
@@ -304,8 +308,9 @@ def ladder(name: str, out: str) -> list[dict]:
 # --- measuring
 
 
-def measure(config: RealConfig, whole: bool, updates: int, plain: bool = False) -> dict:
-    """Figures per part of one structure: means over `updates`, after one update that is counted and warms up."""
+def measure(config: RealConfig, whole: bool, updates: int, plain: bool = False, profile: Path | None = None) -> dict:
+    """Figures per part of one structure: means over `updates`, after one update that is counted and warms up. With `profile` one more update
+    runs under torch's profiler, whose table of operations is written there."""
     with told():
         setup = RandomSetup(config)
         judge = setup.judge()
@@ -318,6 +323,9 @@ def measure(config: RealConfig, whole: bool, updates: int, plain: bool = False) 
         ledger.begin(counting=False)
         step = next(loop)
         timed.append(ledger.entries)
+    if profile:
+        ledger.begin(counting=False)
+        profile.write_text(profiled(lambda: next(loop), ledger.cuda), encoding="utf-8")
     loop.close()
     if step.skipped:
         raise SystemExit("an update was skipped: its gradient is not finite, so the optimiser's time is missing")
@@ -343,6 +351,16 @@ def measure(config: RealConfig, whole: bool, updates: int, plain: bool = False) 
     return {"parts": found, "total": total, "counted": least, "moments": "counted" if plain else "measured"}
 
 
+def profiled(update: Callable[[], object], cuda: bool, rows: int = 60) -> str:
+    """torch.profiler's table of one update: the operations that take most time of the device by themselves (on a GPU with what they allocate)."""
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    with torch.profiler.profile(activities=kinds, profile_memory=cuda, record_shapes=True) as seen:
+        update()
+        if cuda:
+            torch.cuda.synchronize()
+    return seen.key_averages(group_by_input_shape=True).table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=rows)
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
     """FLOP/s of a square product, the most that can be hoped for."""
     a = torch.randn(side, side, device=device, dtype=dtype)
@@ -354,12 +372,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
     return 10 * 2.0 * side**3 / (ledger.now() - began)
 
 
-def run(size: str, name: str, updates: int) -> dict:
-    """Both structures at one size."""
+def run(size: str, name: str, updates: int, profile: Path | None = None) -> dict:
+    """Both structures at one size; `profile` is of ours."""
     if updates < 1:
         raise ConfigError(f"--updates is {updates}; at least 1 is measured after the first, which warms up")
     if size == "real" and not torch.cuda.is_available():
         raise ConfigError("--size is real and there is no GPU; use --size tiny, whose page shows the counted budget of the real sizes, or a machine with CUDA")
+    if profile and not profile.absolute().parent.is_dir():
+        raise ConfigError(f"--profile {profile}: its folder does not exist; make it first")
     device = torch.device("cuda" if torch.cuda.is_available() and size == "real" else "cpu")
     cuda, found = device.type == "cuda", {}
     with tempfile.TemporaryDirectory() as out:
@@ -369,7 +389,7 @@ def run(size: str, name: str, updates: int) -> dict:
             limit = torch.cuda.get_device_properties(device).total_memory if cuda else None
             plain = cuda and counted(config, whole)["peak_bytes"] > 0.95 * limit
             try:
-                found[structure] = measure(config, whole, updates, plain)
+                found[structure] = measure(config, whole, updates, plain, None if whole else profile)
             except torch.cuda.OutOfMemoryError:
                 found[structure] = {"failed": "out of memory", "counted": counted(config, whole)}
             gc.collect()
@@ -442,6 +462,9 @@ def block(figures: dict) -> str:
             "### Measured at the real size\n\nNot measured: there was no GPU. Unknown are time, peak memory and achieved FLOP/s of a 6B backbone with a 14B judge; "
             "`python papers/performance.py --size real` fills this section on a GPU of 141 GB."
         )
+    for size, name in (("real_kernels", "at the real size"), ("tiny_kernels", "at tiny size on a CPU, where the references of the operations run")):
+        if size in figures:
+            out.append(f"### The same with fused operations, {name}\n\nInside the update: {', '.join(figures[size]['kernels'])}.\n\n" + measured_table(figures[size]))
     if "counted" in figures:
         c = figures["counted"]
         out.append(
@@ -470,11 +493,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, default="real" if torch.cuda.is_available() else "tiny")
     parser.add_argument("--config", help="settings: a file, or a name of those that ship (default: tiny, or zimage_internvl_lora)")
     parser.add_argument("--updates", type=int, default=3, help="timed ones, after one that warms up")
+    parser.add_argument("--kernels", nargs="*", choices=tuple(SWAPS), help="fused operations inside the update (without names: all); stands on the page beside the plain one")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="write torch.profiler's table of one more update of ours there")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     args = parser.parse_args(argv)
+    inside = None if args.kernels is None else tuple(args.kernels) or tuple(SWAPS)
     try:
-        found = run(args.size, args.config or SIZES[args.size][0], args.updates)
-        figures = {**(json.loads(RESULTS.read_text()) if RESULTS.exists() else {}), args.size: found}
+        with use(*inside) if inside else nullcontext():
+            found = run(args.size, args.config or SIZES[args.size][0], args.updates, args.profile)
+        part = {f"{args.size}_kernels": {**found, "kernels": inside}} if inside else {args.size: found}
+        figures = {**(json.loads(RESULTS.read_text()) if RESULTS.exists() else {}), **part}
         with tempfile.TemporaryDirectory() as out:
             name = found["config"] if args.size == "real" else SIZES["real"][0]
             config = settings(name, "real", "ours", out)

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from test_papers import script
 
+from vlmedit import kernels
+from vlmedit.kernels import dispatch
 from vlmedit.pictures import InputError
 from vlmedit.real import budget, plan, tiny
 from vlmedit.train.config import ConfigError
@@ -79,6 +82,61 @@ def test_the_real_sizes_path_runs_with_small_models(tmp_path, monkeypatch):
     torch.testing.assert_close(performance.FullLogits(judge).logit_margin(*asked), judge.logit_margin(*asked), rtol=0.05, atol=0.02)  # bf16 logits
 
 
+def test_an_update_with_fused_operations_is_the_plain_one(tmp_path, monkeypatch):
+    """One whole update of a tiny real model: losses, gradient norms and the step of every trained weight, plain, with the operations' references
+    and, where Triton interprets, with its kernels, which were launched."""
+    config = dataclasses.replace(performance.settings("tiny", "tiny", "ours", str(tmp_path)), lr=1.0, fake_updates=1)
+    launched = set()
+    real = dispatch.start
+    monkeypatch.setattr(dispatch, "start", lambda kernel, *a, **k: (launched.add(kernel.fn.__module__.rpartition(".")[2]), real(kernel, *a, **k)))
+
+    def update(inside: bool, path: str) -> tuple[dict, list[torch.Tensor]]:
+        torch.manual_seed(0)
+        setup = performance.RandomSetup(config)
+        trained = [p for p in setup.roles.student.parameters() if p.requires_grad]
+        start = [p.detach().clone() for p in trained]
+        loop = performance.train_loaded(setup, setup.judge(), performance.RealEdit, performance.PlainSteps)
+        with kernels.backend(path), kernels.use() if inside else nullcontext():
+            step = next(loop)
+        moved = [p.detach() - s for p, s in zip(trained, start)]
+        loop.close()
+        return step.metrics, moved
+
+    performance.RandomSetup(config)  # the first one writes the tiny models, and draws for them
+    metrics, plain = update(False, "auto")
+    assert metrics["gradient_dmd"] > 0 and metrics["gradient_judge"] > 0
+    largest = max(float(m.abs().max()) for m in plain)
+    for path in ("reference", *(("triton",) if kernels.interpreting() else ())):
+        found, fused = update(True, path)
+        for key in ("judge_loss", "gradient_dmd", "gradient_judge", "gradient_norm"):
+            assert found[key] == pytest.approx(metrics[key], rel=1e-3), (path, key)
+        assert largest > 1e-4 and max(float((a - b).abs().max()) for a, b in zip(fused, plain)) < 1e-3 * largest, path
+        assert launched == ({"dmd", "sampler", "answer", "patches"} if path == "triton" else set())
+    with pytest.raises(ValueError, match="served by norm_rope; known: dmd_step, guided_step"), kernels.use("norm_rope"):
+        pass
+
+
+def test_fused_operations_inside_and_a_profile(tmp_path, monkeypatch, capsys, small_files):
+    """`--kernels` measures the same parts with the named operations in the update, beside the plain figures and not over them; `--profile`
+    writes torch's own table of an update, in which they are seen. Afterwards the package is as it was."""
+    from vlmedit import objectives
+    from vlmedit.real import judges
+
+    before = objectives.OBJECTIVES["dmd"].loss, judges.two_row_margin, judges.InternVL.prepare
+    performance.RESULTS.write_text(json.dumps({"tiny": "plain"}))
+    monkeypatch.setattr(performance, "STRUCTURES", {"ours": performance.STRUCTURES["ours"]})
+    monkeypatch.setattr(performance, "block", lambda figures: f"{sorted(figures)}")
+    monkeypatch.setattr(performance, "ladder", lambda *a: [])
+    table = tmp_path / "profile.txt"
+    assert performance.main(["--size", "tiny", "--updates", "1", "--kernels", "dmd_step", "vlm_patches", "answer_loss", "guided_step", "--profile", str(table)]) == 0
+    figures = json.loads(performance.RESULTS.read_text())
+    assert figures["tiny"] == "plain" and figures["tiny_kernels"]["kernels"] == ["dmd_step", "vlm_patches", "answer_loss", "guided_step"]
+    assert all(part["seconds"] > 0 for part in figures["tiny_kernels"]["structures"]["ours"]["parts"].values())
+    said = table.read_text()
+    assert "Self CPU" in said and "aten::" in said
+    assert (objectives.OBJECTIVES["dmd"].loss, judges.two_row_margin, judges.InternVL.prepare) == before
+
+
 def test_bad_input_is_refused_before_any_work(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for argv, said in (
@@ -86,6 +144,7 @@ def test_bad_input_is_refused_before_any_work(monkeypatch, capsys):
         (["--size", "tiny", "--config", "zimage_internvl"], "use --size real"),
         (["--size", "tiny", "--config", "nothing_here"], "no settings of that name ship"),
         (["--size", "tiny", "--updates", "0"], "--updates is 0"),
+        (["--size", "tiny", "--profile", "/nowhere/at/all.txt"], "its folder does not exist"),
     ):
         assert performance.main(argv) == 2
         assert said in capsys.readouterr().err

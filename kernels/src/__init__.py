@@ -9,7 +9,8 @@
 
 Each is a torch custom op: autograd, activation checkpointing and torch.compile see one node. CUDA tensors of a supported shape go
 to Triton, everything else to the reference; `backend` overrides that. Nothing in the package calls these by itself: they are for
-real-size models, and `python -m vlmedit.kernels.bench` says on your GPU whether one earns its place.
+real-size models, and `python -m vlmedit.kernels.bench` says on your GPU whether one earns its place. `use` puts some of them into the
+package's own update for as long as one asks (inside.py).
 
 The folder is `kernels/src` and is imported as `vlmedit.kernels` alone: transformers and diffusers probe for a package `kernels`.
 """
@@ -20,11 +21,12 @@ if __name__ != "vlmedit.kernels":
 from vlmedit.kernels.answer import answer_loss
 from vlmedit.kernels.dispatch import BACKENDS, backend, interpreting, triton_missing
 from vlmedit.kernels.dmd import dmd_step
+from vlmedit.kernels.inside import use
 from vlmedit.kernels.modulation import adaln, gated_adaln
 from vlmedit.kernels.patches import vlm_patches
 from vlmedit.kernels.rope import norm_rope
 from vlmedit.kernels.sampler import guided_step
 
 __all__ = [
-    "BACKENDS", "adaln", "answer_loss", "backend", "dmd_step", "gated_adaln", "guided_step", "interpreting", "norm_rope", "triton_missing", "vlm_patches",
+    "BACKENDS", "adaln", "answer_loss", "backend", "dmd_step", "gated_adaln", "guided_step", "interpreting", "norm_rope", "triton_missing", "use", "vlm_patches",
 ]  # fmt: skip

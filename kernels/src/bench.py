@@ -1,19 +1,23 @@
-"""Whether a kernel earns its place on this GPU: time, bandwidth and memory of each at the shapes of real models.
+"""Whether a kernel earns its place on this GPU: time, bandwidth, memory and error of each at the shapes of real models.
 
     python -m vlmedit.kernels.bench [--json FILE]
 
 For each operation and shape, forward plus backward in bfloat16: milliseconds of the plain reference, of torch.compile of it and of the
 kernel; the bytes that must move (every input read once, every output and gradient written once, what the backward pass needs read
-again); the kernel's share of the copy bandwidth measured on the same GPU; and the peak memory above the inputs of all three, with what the
-kernel saves against torch.compile. The rule of the suite: a kernel that is neither faster than torch.compile nor smaller is removed, and its
-numbers stay in the log.
+again); the kernel's share of the copy bandwidth measured on the same GPU; the peak memory above the inputs of all three, with what the
+kernel saves against torch.compile; the milliseconds of host time per call; and the largest error of all results and gradients against the
+reference in float64, relative to the largest value of each. Rows named "frozen" train an adapter: the norm's or the modulation's own
+numbers want no gradient. The rule of the suite: a kernel that is not faster than torch.compile, or saves no memory against it, is removed,
+and its numbers stay in the log; both verdicts are columns.
+
+A case that fails is a row with its error, and the others go on; with --json the file is written anew after every row.
 
 Without a CUDA device nothing is measured and nothing is claimed: the table then holds shapes and bytes alone, says what is missing and why,
 and the command succeeds.
 
 Shapes: Z-Image (width 3840, 30 heads of 128), FLUX and Qwen-Image (3072, 24 heads of 128), 16 latent channels at an eighth of the side, tokens
 of 2 x 2 latents; an editor's sequence holds the reference's tokens too, FLUX's and Qwen-Image's joint sequence text as well. Z-Image's
-own block has RMS-norms and no shift: for `gated_adaln` it stands for its width alone. Judges (side: what the tower sees) read pictures of
+own block, x + tanh(gate) RMS(branch) without a shift, is not what `gated_adaln` computes: it has no row there. Judges (side: what the tower sees) read pictures of
 512 and 1024 pixels and answer two questions on two pictures each: Qwen2.5-VL 7B, Qwen3-VL 8B, and LLaVA-OneVision 7B, which sees 384 pixels.
 """
 
@@ -21,23 +25,26 @@ import argparse
 import json
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 from vlmedit.kernels import answer, dmd, modulation, patches, rope, sampler
-from vlmedit.kernels.dispatch import backend, interpreting, tl, triton, triton_missing
+from vlmedit.kernels.dispatch import backend, interpreting, triton_missing
 
 DTYPE = torch.bfloat16
+OTHER_BLOCKS = {"Z-Image"}  # models whose blocks are not adaLN's
 MODELS = {"Z-Image": (3840, 30, 0), "FLUX": (3072, 24, 512), "Qwen-Image": (3072, 24, 512)}  # width, heads, text tokens in the joint sequence
 JUDGES = {"Qwen2.5-VL": (448, 14, 2, 2, 3584, 152064), "Qwen3-VL": (448, 16, 2, 2, 4096, 151936), "LLaVA-OneVision": (384, None, 1, 1, 3584, 152000)}
 # side of the resized picture, patch, merge, frames; width of the states, words
 VISUAL = {"Qwen2.5-VL": 256, "Qwen3-VL": 196, "LLaVA-OneVision": 730}  # tokens of a picture at that side
 QUESTIONS, WORDS = 2, 64  # rows, and tokens of text in each
 LATENT_CHANNELS = 16
-MEASURED = ("milliseconds", "copy bandwidth and each kernel's share of it", "peak and saved memory", "whether a kernel earns its place")
-REPEATS = 30
+MEASURED = ("milliseconds", "copy bandwidth and each kernel's share of it", "peak and saved memory", "errors", "whether a kernel earns its place")
+WARM_UP, REPEATS = 5, 30
+SMALLER = 0.95  # of torch.compile's peak memory counts as less: below it the allocator's rounding decides
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,13 @@ class Row:
     compiled_mib: float | None = None
     kernel_mib: float | None = None
     saved_mib: float | None = None  # compiled - kernel
-    earns_its_place: bool | None = None
+    host_ms: float | None = None  # of the kernel's wrapper
+    compiled_host_ms: float | None = None
+    max_error: float | None = None  # of the kernel against float64, relative
+    faster: bool | None = None  # than torch.compile
+    smaller: bool | None = None
+    earns_its_place: bool | None = None  # faster and smaller
+    error: str | None = None  # what went wrong, in place of numbers
 
 
 def _drawn(device: str, *shapes: tuple, wanted: int) -> list[Tensor]:
@@ -79,24 +92,26 @@ def _drawn(device: str, *shapes: tuple, wanted: int) -> list[Tensor]:
     return [torch.randn(*s, device=device, dtype=DTYPE).requires_grad_(i < wanted) for i, s in enumerate(shapes)]
 
 
-def _modulation(model: str, side: int, tokens: int, width: int) -> Case:
+def _modulation(model: str, side: int, tokens: int, width: int, frozen: bool = False) -> Case:
     shape, per = (1, tokens, width), (1, width)
     size = tokens * width * DTYPE.itemsize
-    # forward: x, branch -> y, h; backward: two cotangents, y, branch -> two gradients
-    return Case("gated_adaln", model, side, shape, modulation.gated_adaln_reference, modulation.gated_adaln, lambda d: _drawn(d, shape, shape, per, per, per, wanted=5), 10 * size)
+    make = lambda d: _drawn(d, shape, shape, per, per, per, wanted=2 if frozen else 5)
+    # forward: x, branch -> y, h; backward: two cotangents, y, and for the gate's gradient branch -> two gradients
+    moved = (9 if frozen else 10) * size
+    return Case("gated_adaln", model + " frozen" * frozen, side, shape, modulation.gated_adaln_reference, modulation.gated_adaln, make, moved)
 
 
-def _rope(model: str, side: int, tokens: int, heads: int, head: int) -> Case:
+def _rope(model: str, side: int, tokens: int, heads: int, head: int, frozen: bool = False) -> Case:
     shape = (1, tokens, heads, head)  # as the projection gives it
     size = tokens * heads * head * DTYPE.itemsize
 
     def make(device: str) -> list[Tensor]:
         angle = torch.randn(tokens, head // 2, device=device)
-        return [*_drawn(device, shape, (head,), wanted=2), angle.cos(), angle.sin()]
+        return [*_drawn(device, shape, (head,), wanted=1 if frozen else 2), angle.cos(), angle.sin()]
 
     through = lambda f: lambda x, weight, cos, sin: f(x.transpose(1, 2), weight, cos, sin, interleaved=True)
     # forward: x -> out; backward: cotangent, x -> gradient; the table in float32, twice
-    return Case("norm_rope", model, side, shape, through(rope.norm_rope_reference), through(rope.norm_rope), make, 5 * size + 2 * tokens * head * 4)
+    return Case("norm_rope", model + " frozen" * frozen, side, shape, through(rope.norm_rope_reference), through(rope.norm_rope), make, 5 * size + 2 * tokens * head * 4)
 
 
 def _latents(side: int) -> tuple[Case, Case]:
@@ -114,8 +129,8 @@ def _latents(side: int) -> tuple[Case, Case]:
     loss = lambda f: lambda *a: f(*a, guidance=3.5)[0]
     guided = lambda f: lambda *a: f(*a, guidance=3.5)
     return (
-        # errors: x, eps, cond, uncond; gradient: cond, uncond, fake -> gradient; backward: gradient -> gradient
-        Case("dmd_step", "16 channels", side, shape, loss(dmd.dmd_step_reference), loss(dmd.dmd_step), scores, 10 * size),
+        # x, eps, cond, uncond, fake -> gradient; backward: gradient -> gradient. The kernel's second pass reads cond and uncond again: not a must
+        Case("dmd_step", "16 channels", side, shape, loss(dmd.dmd_step_reference), loss(dmd.dmd_step), scores, 8 * size),
         # forward: x, cond, uncond, noise -> x'; backward: cotangent -> gradients of x and cond
         Case("guided_step", "16 channels", side, shape, guided(sampler.guided_step_reference), guided(sampler.guided_step), step, 8 * size),
     )
@@ -152,8 +167,10 @@ def cases() -> Iterator[Case]:
     for side in (512, 1024):
         for model, (width, heads, text) in MODELS.items():
             tokens = 2 * (side // 16) ** 2  # the target's and the reference's
-            yield _modulation(model, side, tokens, width)
-            yield _rope(model, side, tokens + text, heads, width // heads)
+            for frozen in (False, True):
+                if model not in OTHER_BLOCKS:
+                    yield _modulation(model, side, tokens, width, frozen)
+                yield _rope(model, side, tokens + text, heads, width // heads, frozen)
         yield from _latents(side)
     for model, (side, patch, merge, frames, width, words) in JUDGES.items():
         for picture in (512, 1024):
@@ -169,20 +186,31 @@ def _update(function: Callable, arguments: list[Tensor]) -> Callable[[], None]:
     return lambda: torch.autograd.grad(live(function(*arguments)), leaves, cotangents)
 
 
-def _measure(function: Callable, arguments: list[Tensor]) -> tuple[float, float]:
-    """Median milliseconds of an update, its inputs evicted from the cache before each, and peak MiB above what it starts with."""
+@dataclass(frozen=True)
+class Measured:
+    """Of one way to compute a case: median milliseconds of an update, of the host's part of it, and peak MiB above what it starts with."""
+
+    ms: float
+    host_ms: float
+    mib: float
+
+
+def _measure(function: Callable, arguments: list[Tensor]) -> Measured:
+    """Inputs are evicted from the cache before each update."""
     update = _update(function, arguments)
-    for _ in range(5):
+    for _ in range(WARM_UP):
         update()
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-    times = []
+    times, hosts = [], []
     for _ in range(REPEATS):
         flush.zero_()
-        torch.cuda._sleep(1_000_000)  # so that the launches are queued before the clock starts
+        torch.cuda._sleep(10_000_000)  # milliseconds, so that the launches are queued before the clock starts
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began = time.perf_counter()
         start.record()
         update()
         end.record()
+        hosts.append(1e3 * (time.perf_counter() - began))
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
     del flush
@@ -190,7 +218,29 @@ def _measure(function: Callable, arguments: list[Tensor]) -> tuple[float, float]
     torch.cuda.reset_peak_memory_stats()
     update()
     torch.cuda.synchronize()
-    return statistics.median(times), (torch.cuda.max_memory_allocated() - before) / 2**20
+    return Measured(statistics.median(times), statistics.median(hosts), (torch.cuda.max_memory_allocated() - before) / 2**20)
+
+
+def max_error(case: Case, arguments: list[Tensor]) -> float:
+    """Of the kernel's results and gradients at the case's own shape against the reference in float64, relative to the largest value of each.
+    Raises ValueError where the kernel gives zeros or no numbers."""
+    exact = [a.detach().double().requires_grad_(a.requires_grad) if a.is_floating_point() else a for a in arguments]
+    listed = lambda found: list(found) if isinstance(found, tuple) else [found]
+    got, want = listed(case.kernel(*arguments)), listed(case.reference(*exact))
+    live = [i for i, g in enumerate(got) if g.requires_grad]
+    cotangents = [torch.randn_like(got[i]) for i in live]
+    gradients = lambda found, inputs, sent: torch.autograd.grad([found[i] for i in live], [a for a in inputs if a.requires_grad], sent)
+    got += gradients(got, arguments, cotangents)
+    want += gradients(want, exact, [c.double() for c in cotangents])
+    worst = 0.0
+    for g, w in ((g.detach(), w.detach()) for g, w in zip(got, want)):
+        size = float(w.abs().max())
+        if not size:
+            continue
+        if not g.isfinite().all() or not g.any():
+            raise ValueError(f"{case.operation} at {case.shape}: the kernel's result or gradient of shape {tuple(g.shape)} is zero or no number")
+        worst = max(worst, float((g.double() - w).abs().max()) / size)
+    return worst
 
 
 def copy_bandwidth() -> float:
@@ -217,71 +267,57 @@ def why_not() -> str:
     return "TRITON_INTERPRET=1 is set, and the interpreter's times mean nothing; unset it" if interpreting() else ""
 
 
+def measured(case: Case, head: tuple, bandwidth: float) -> Row:
+    """A case on the GPU."""
+    arguments = case.make("cuda")
+    torch._dynamo.reset()
+    with backend("triton"):
+        error = max_error(case, arguments)
+        kernel = _measure(case.kernel, arguments)
+    plain, rival = _measure(case.reference, arguments), _measure(torch.compile(case.reference), arguments)
+    faster, smaller = kernel.ms < rival.ms, kernel.mib < SMALLER * rival.mib
+    return Row(
+        *head, plain.ms, rival.ms, kernel.ms, case.moved / (kernel.ms / 1e3) / bandwidth, plain.mib, rival.mib, kernel.mib, rival.mib - kernel.mib, kernel.host_ms, rival.host_ms,
+        error, faster, smaller, faster and smaller,
+    )  # fmt: skip
+
+
 def run(bandwidth: float | None) -> Iterator[Row]:
-    """A row per case; with times where a copy's bandwidth (bytes per second) is given."""
+    """A row per case; with times where a copy's bandwidth (bytes per second) is given. A case that fails is a row with its error."""
     for case in cases():
         head = (case.operation, case.model, case.side, case.shape, case.moved)
         if bandwidth is None:
             yield Row(*head)
             continue
-        arguments = case.make("cuda")
-        torch._dynamo.reset()
-        reference_ms, reference_mib = _measure(case.reference, arguments)
-        compiled_ms, compiled_mib = _measure(torch.compile(case.reference), arguments)
-        with backend("triton"):
-            kernel_ms, kernel_mib = _measure(case.kernel, arguments)
-        share = case.moved / (kernel_ms / 1e3) / bandwidth
-        earns = kernel_ms < compiled_ms or kernel_mib < 0.95 * compiled_mib
-        yield Row(*head, reference_ms, compiled_ms, kernel_ms, share, reference_mib, compiled_mib, kernel_mib, compiled_mib - kernel_mib, earns)
-        del arguments  # before the next case draws its own
+        try:
+            yield measured(case, head, bandwidth)
+        except Exception as error:  # out of memory, a compiler's refusal: the other cases still count
+            yield Row(*head, error=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:300])
+            torch.cuda.empty_cache()
 
 
 def line(row: Row) -> str:
     cell = lambda v, digits: f"{'-':>9}" if v is None else f"{v:>9.{digits}f}"
+    yes_no = lambda v: f"{ {True: 'yes', False: 'no', None: '-'}[v]:>8}"
     numbers = [cell(v, 3) for v in (row.reference_ms, row.compiled_ms, row.kernel_ms)]
     numbers += [cell(row.share_of_copy, 2), *(cell(v, 1) for v in (row.reference_mib, row.compiled_mib, row.kernel_mib, row.saved_mib))]
+    numbers += [cell(row.host_ms, 3), f"{'-':>9}" if row.max_error is None else f"{row.max_error:>9.0e}"]
     shape = "x".join(map(str, row.shape))
-    verdict = {True: "yes", False: "no", None: "-"}[row.earns_its_place]
-    return f"{row.operation:<12}{row.model:<16}{row.side:>5}  {shape:<16}{row.bytes_moved / 2**20:>9.1f}{''.join(numbers)}  {verdict}"
+    verdict = f"  failed: {row.error}" if row.error else "".join(yes_no(v) for v in (row.faster, row.smaller, row.earns_its_place))
+    return f"{row.operation:<12}{row.model:<18}{row.side:>5}  {shape:<16}{row.bytes_moved / 2**20:>9.1f}{''.join(numbers)}{verdict}"
 
 
-HEAD = f"{'operation':<12}{'model':<16}{'side':>5}  {'shape':<16}{'MiB moved':>9}{'plain ms':>9}{'compiled':>9}{'kernel':>9}{'of copy':>9}{'plain MiB':>10}{'compiled':>9}{'kernel':>9}{'saved':>9}  earns"
+HEAD = (
+    f"{'operation':<12}{'model':<18}{'side':>5}  {'shape':<16}{'MiB moved':>9}{'plain ms':>9}{'compiled':>9}{'kernel':>9}{'of copy':>9}{'plain MiB':>10}{'compiled':>9}"
+    f"{'kernel':>9}{'saved':>9}{'host ms':>9}{'error':>9}{'faster':>8}{'smaller':>8}{'earns':>8}"
+)
 
 
-def compiled(capabilities: tuple[int, ...] = (90,)) -> Iterator[tuple[str, str, int, int]]:
-    """Compile every kernel for bfloat16 without running it: (module, kernel, compute capability, bytes of machine code). Needs no GPU, but triton
-    imported for compiling. Raises what the compiler raises."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    numbers = {**dict.fromkeys(("eps", "guidance", "floor", "largest", "gain", "cap"), "fp32"), "position": "*i64", "first_y": "*i32", "first_x": "*i32"}
-    statistics_of = {"mean", "rstd", "error", "parts", "part_gate", "part_scale", "part_shift"}
-    statistics_of |= {"answer", "loss", "margin", "slopes", "grad_loss", "grad_margin", "std", "weight_y", "weight_x"}
-    pictures = {"x", "branch", "gate", "scale", "shift", "y", "h", "grad", "grad_y", "grad_h", "grad_x", "grad_branch", "weight", "cos", "sin", "out", "states", "pictures"}
-    pictures |= {"cond", "uncond", "fake", "t", "s", "noise", "gradient", "to_x", "to_cond", "to_uncond", "to_noise"}
-    yes_no = lambda name, **fixed: [{name: flag, **fixed} for flag in (True, False)]
-    block = {"BLOCK": 1024}
-    variants = {
-        (modulation, "_forward"): yes_no("GATED", BLOCK=4096), (modulation, "_backward"): yes_no("GATED", BLOCK=4096),
-        (rope, "_forward"): yes_no("INTERLEAVED", ROWS=16, PAIRS=64), (rope, "_backward"): yes_no("INTERLEAVED", ROWS=16, PAIRS=64),
-        (dmd, "_errors"): yes_no("GUIDED", **block), (dmd, "_by_sample"): yes_no("GUIDED", **block),
-        (dmd, "_by_pixel"): yes_no("GUIDED", CHANNELS=16, PIXELS=128), (sampler, "_forward"): yes_no("GUIDED", **block),
-        (sampler, "_backward"): yes_no("NOISE", X=True, COND=True, UNCOND=True, **block),
-        (answer, "_forward"): yes_no("CAPPED", **block), (answer, "_backward"): [block],
-        (patches, "_forward"): [{"BLOCK": 256}], (patches, "_backward"): [{"BLOCK": 256}],
-    }  # fmt: skip
-    for (module, name), choices in variants.items():
-        kernel = getattr(module, name)
-        for fixed in choices:
-            signature = {}
-            for p in kernel.arg_names:
-                noise_of_dmd = p == "eps" and module is dmd
-                pointer = "*fp32" if p in statistics_of else "*bf16" if p in pictures or noise_of_dmd else ""
-                signature[p] = "constexpr" if p.isupper() else pointer or numbers.get(p, "i32")
-            for capability in capabilities:
-                source = ASTSource(kernel, signature, {**fixed, "ACC": tl.float32})
-                made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
-                yield module.__name__.rpartition(".")[2], name, capability, len(made.asm["cubin"])
+def written(report: dict, path: str) -> None:
+    """The file is whole at any moment: a session that ends early keeps its rows."""
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        json.dump(report, file, indent=1)
+    os.replace(path + ".part", path)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -298,14 +334,14 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         print(f"{device}, torch {torch.__version__}, a copy moves {bandwidth / 1e9:.0f} GB/s")
     print(HEAD)
-    rows = []
+    report = {"measured": not why, "reason": why, "not_measured": list(MEASURED) if why else [], "device": device, "torch": torch.__version__, "copy_bytes_per_second": bandwidth, "rows": []}
     for row in run(bandwidth):
-        rows.append(row)
+        report["rows"].append(asdict(row))
         print(line(row), flush=True)
-    report = {"measured": not why, "reason": why, "not_measured": list(MEASURED) if why else [], "device": device, "torch": torch.__version__, "copy_bytes_per_second": bandwidth, "rows": [asdict(r) for r in rows]}
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
+        if options.json:
+            written(report, options.json)
+    if failed := [row for row in report["rows"] if row["error"]]:
+        print(f"{len(failed)} of {len(report['rows'])} cases failed; their rows say why")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Which path an operation takes, and the checks that all of them share.
 
-auto       Triton for CUDA tensors of a supported shape, the torch reference otherwise (the default)
+auto       Triton for CUDA tensors of a supported shape, the torch reference otherwise, also where Triton interprets (the default)
 reference  always the torch reference
 triton     always Triton; on CPU tensors through Triton's interpreter, which is slow and exact: for tests and teaching
 
@@ -70,7 +70,7 @@ def use_triton(x: Tensor, supported: bool, limit: str) -> bool:
     if _chosen == "reference":
         return False
     if _chosen == "auto":
-        return x.is_cuda and supported and not triton_missing()
+        return x.is_cuda and supported and not triton_missing() and not interpreting()
     if not supported:
         raise RuntimeError(f"no Triton kernel for shape {tuple(x.shape)}: {limit}; choose the backend auto or reference")
     if not x.is_cuda and not interpreting():
@@ -78,10 +78,20 @@ def use_triton(x: Tensor, supported: bool, limit: str) -> bool:
     return True
 
 
+def start(kernel, grid: tuple[int, ...], *arguments, **settings) -> None:
+    """The one place where kernels are launched: tests watch it, and `vlmedit.kernels.compiled` compiles instead."""
+    kernel[grid](*arguments, **settings)
+
+
 def launch(kernel, grid: tuple[int, ...], on: Tensor, *arguments, **settings) -> None:
     """Run a kernel on the device of `on`, which need not be the current one."""
     with torch.cuda.device(on.device) if on.is_cuda else nullcontext():
-        kernel[grid](*arguments, **settings)
+        start(kernel, grid, *arguments, **settings)
+
+
+def processors(on: Tensor) -> int:
+    """Multiprocessors of the GPU that holds `on`; on a CPU the number of a common one, so that the interpreter splits sums alike."""
+    return torch.cuda.get_device_properties(on.device).multi_processor_count if on.is_cuda else 132
 
 
 def same_device(operation: str, **tensors: Tensor) -> None:

@@ -8,14 +8,14 @@ But x_t drops out: x0_fake - x0_real = t (v_real - v_fake), and x - x0_real = t 
 velocity. So x_t need not be kept, and the first pass sums |v_real - (eps - x)|, the second one writes the gradient. With a normalizer
 per pixel, whose mean goes over the channels alone, one pass does both. Sums are taken per program and then by torch: deterministic.
 
-Shapes: x, eps and the velocities (B, C, ...); t (B,). The gradient and the loss carry a derivative by x alone: scores are constants.
+Shapes: x, eps and the velocities (B, C, ...) of one dtype; t (B,) of its own. The gradient and the loss carry a derivative by x alone: scores are constants.
 Computes in float32 (float64 for float64). Deviates from `vlmedit.dmd`: what is exactly zero over a zero error is 0 either way; x_t is not
 rounded to half precision in between, as it was when the networks saw it.
 """
 
 import torch
 from torch import Tensor
-from vlmedit.kernels.dispatch import accumulator, cdiv, launch, power_of_2, same_kind, shaped, tl, triton, use_triton, wide
+from vlmedit.kernels.dispatch import accumulator, cdiv, launch, power_of_2, same_device, same_kind, shaped, tl, triton, use_triton, wide
 from vlmedit.kernels.sampler import guided_velocity
 
 from vlmedit.dmd import NORMS, dmd_gradient
@@ -28,10 +28,12 @@ LIMIT = f"the normalizer per pixel takes at most {MOST_CHANNELS} channels"
 
 
 def dmd_gradient_reference(x: Tensor, eps: Tensor, t: Tensor, cond: Tensor, uncond: Tensor | None, fake: Tensor, guidance: float, norm: str = "sample", floor: float = 1e-6) -> Tensor:
-    """The gradient from the package's own functions, step by step."""
+    """The gradient from the package's own functions, step by step; where t is wider than x, in its dtype and rounded once at the end."""
+    dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, t.dtype))
     x_t = interpolate(x, eps, t)
     real = cond if uncond is None else guide(cond, uncond, guidance)
-    return dmd_gradient(x, to_x0(x_t, real, t), to_x0(x_t, fake, t), norm, floor)
+    gradient = dmd_gradient(x, to_x0(x_t, real, t), to_x0(x_t, fake, t), norm, floor)
+    return gradient if gradient.dtype == dtype else torch.nan_to_num(gradient.to(dtype))  # a narrower dtype overflows earlier
 
 
 @triton.jit
@@ -149,7 +151,9 @@ def dmd_step(
     gradient / numel; its value means nothing. Raises TypeError or ValueError for mixed dtypes, devices or shapes, or an unknown norm."""
     if norm not in NORMS:
         raise ValueError(f"dmd_step: unknown normalizer {norm!r}; known: {', '.join(NORMS)}")
-    same_kind("dmd_step", x=x, eps=eps, t=t, cond=cond, fake=fake, **({} if uncond is None else {"uncond": uncond}))
+    same_kind("dmd_step", x=x, eps=eps, cond=cond, fake=fake, **({} if uncond is None else {"uncond": uncond}))
+    same_kind("dmd_step", t=t)
+    same_device("dmd_step", x=x, t=t)
     if x.ndim < 2:
         raise ValueError(f"dmd_step: x has shape {tuple(x.shape)}; it must be (batch, channels, ...)")
     if uncond is None and guidance != 1:

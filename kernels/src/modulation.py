@@ -6,27 +6,40 @@
 In torch these are two passes over x and two more over the norm's result, and autograd keeps the branch's product, the normalized
 tokens and the modulated ones. Here one pass reads x and branch and writes y and h; kept are y, branch and two numbers per token.
 The backward pass is one pass too: sums over tokens (of gate, scale and shift) are taken per program, in a fixed order, and added
-by torch at the end. So it is deterministic.
+by torch at the end. So it is deterministic. What nobody asks for, as a frozen modulation's gradients, is neither kept nor computed.
 
-Shapes: x, branch, y, h (B, N, D); gate, scale, shift (B, D), one per sample as in FLUX, Qwen-Image and the suite's DiT.
+Shapes: x, branch, y, h (B, N, D) of one dtype; gate, scale, shift (B, D) of theirs, one per sample as in FLUX, Qwen-Image and the suite's DiT.
 Computes in float32 (float64 for float64); y is rounded to its dtype before the norm, so that h belongs to the y that is returned.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vlmedit.kernels.dispatch import accumulator, launch, power_of_2, rows_contiguous, same_kind, shaped, tl, triton, use_triton, wide
+from vlmedit.kernels.dispatch import (
+    accumulator,
+    launch,
+    power_of_2,
+    processors,
+    rows_contiguous,
+    same_device,
+    same_kind,
+    shaped,
+    tl,
+    triton,
+    use_triton,
+    wide,
+)
 
 WIDEST = 8192  # of D: one token lies in one program's registers
 LIMIT = f"D must be at most {WIDEST}"
-PROGRAMS = 256  # of the backward pass, per sample: each sums the modulation's gradient over its tokens
+PER_PROCESSOR = 1  # programs of the backward pass where the modulation learns: each sums its gradient over its tokens
 
 
 def gated_adaln_reference(x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(y, h) in plain torch."""
-    y = x if branch is None else x + gate.unsqueeze(1) * branch
+    """(y, h) in plain torch, in the dtype of x; a wider modulation is rounded with its result."""
+    y = x if branch is None else (x + gate.unsqueeze(1) * branch).to(x.dtype)
     h = F.layer_norm(y, y.shape[-1:], eps=eps) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-    return y, h
+    return y, h.to(x.dtype)
 
 
 @triton.jit
@@ -59,44 +72,61 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_y, grad_h, y, branch, gate, scale, mean, rstd, grad_x, grad_branch, part_gate, part_scale, part_shift, tokens, width, programs,
+    grad_y, grad_h, y, branch, gate, scale, mean, rstd, grad_x, grad_branch, parts, tokens, width, programs,
     grad_y_b, grad_y_n, grad_h_b, grad_h_n, y_b, y_n, branch_b, branch_n, gate_b, scale_b,
-    GATED: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    GATED: tl.constexpr, X: tl.constexpr, BRANCH: tl.constexpr, GATE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes every `programs`-th token of one sample and sums the modulation's gradients over them."""
+    """Each program takes every `programs`-th token of one sample and sums over them those of the modulation's gradients that are wanted.
+    All of a token is asked for before anything waits for a sum over it."""
     p, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
     factor = 1 + tl.load(scale + b * scale_b + at, mask=inside, other=0.0).to(ACC)
-    if GATED:
+    if BRANCH:
         opened = tl.load(gate + b * gate_b + at, mask=inside, other=0.0).to(ACC)
     to_gate = tl.zeros((BLOCK,), ACC)
     to_scale = tl.zeros((BLOCK,), ACC)
     to_shift = tl.zeros((BLOCK,), ACC)
     for n in range(p, tokens, programs):
         row = b * tokens + n
-        gh = tl.load(grad_h + b * grad_h_b + n * grad_h_n + at, mask=inside, other=0.0).to(ACC)
+        gh = tl.load(grad_h + b * grad_h_b + n * grad_h_n + at, mask=inside, other=0.0)
+        value = tl.load(y + b * y_b + n * y_n + at, mask=inside, other=0.0)
+        if GATED:
+            gy_in = tl.load(grad_y + b * grad_y_b + n * grad_y_n + at, mask=inside, other=0.0)
+        if GATE:
+            branched = tl.load(branch + b * branch_b + n * branch_n + at, mask=inside, other=0.0)
         r = tl.load(rstd + row)
-        value = tl.load(y + b * y_b + n * y_n + at, mask=inside, other=0.0).to(ACC)
-        normed = tl.where(inside, (value - tl.load(mean + row)) * r, 0.0)
-        to_scale += gh * normed
-        to_shift += gh
+        gh = gh.to(ACC)
+        normed = tl.where(inside, (value.to(ACC) - tl.load(mean + row)) * r, 0.0)
+        if SCALE:
+            to_scale += gh * normed
+        if SHIFT:
+            to_shift += gh
         gn = gh * factor
         gy = r * (gn - tl.sum(gn, 0) / width - normed * (tl.sum(gn * normed, 0) / width))
         if GATED:
-            gy += tl.load(grad_y + b * grad_y_b + n * grad_y_n + at, mask=inside, other=0.0).to(ACC)
-            to_gate += gy * tl.load(branch + b * branch_b + n * branch_n + at, mask=inside, other=0.0).to(ACC)
+            gy += gy_in.to(ACC)
+        if GATE:
+            to_gate += gy * branched.to(ACC)
+        if BRANCH:
             tl.store(grad_branch + row * width + at, (gy * opened).to(grad_branch.dtype.element_ty), mask=inside)
-        tl.store(grad_x + row * width + at, gy.to(grad_x.dtype.element_ty), mask=inside)
+        if X:
+            tl.store(grad_x + row * width + at, gy.to(grad_x.dtype.element_ty), mask=inside)
     out = (b * programs + p) * width + at
-    if GATED:
-        tl.store(part_gate + out, to_gate, mask=inside)
-    tl.store(part_scale + out, to_scale, mask=inside)
-    tl.store(part_shift + out, to_shift, mask=inside)
+    if SCALE:
+        tl.store(parts + out, to_scale, mask=inside)
+        out += tl.num_programs(1).to(tl.int64) * programs * width
+    if SHIFT:
+        tl.store(parts + out, to_shift, mask=inside)
+        out += tl.num_programs(1).to(tl.int64) * programs * width
+    if GATE:
+        tl.store(parts + out, to_gate, mask=inside)
 
 
-def _warps(block: int) -> int:
-    return 4 if block <= 2048 else 8 if block <= 4096 else 16
+def _warps(block: int, back: bool = False) -> int:
+    """Twice as many on the way back, whose sums over tokens stay in registers: 100 per thread instead of 176 for widths up to 4096."""
+    return min(16, (4 if block <= 2048 else 8 if block <= 4096 else 16) * (2 if back else 1))
 
 
 @torch.library.custom_op("vlmedit::gated_adaln", mutates_args=())
@@ -134,64 +164,72 @@ def _(x, branch, gate, scale, shift, eps):
 
 @torch.library.custom_op("vlmedit::gated_adaln_backward", mutates_args=())
 def _op_backward(
-    grad_y: Tensor, grad_h: Tensor, y: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, branch, gate, scale, shift; those of branch and gate are empty without a branch."""
+    grad_y: Tensor, grad_h: Tensor, y: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor, mean: Tensor, rstd: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and branch, and those of scale, shift and gate in one tensor (k, B, D) that holds the k wanted of them in this order.
+    Empty where not wanted; `wanted` follows the operation: x, branch, gate, scale, shift. `branch` is read for the gate's alone."""
     batch, tokens, width = y.shape
-    gated = branch is not None
-    grad_x = torch.empty_like(y, memory_format=torch.contiguous_format)
-    grad_branch = torch.empty_like(grad_x) if gated else y.new_empty(0)
+    gated = gate is not None
+    to_x, to_branch, to_gate, to_scale, to_shift = wanted
+    learned = to_gate + to_scale + to_shift
+    grad_x, grad_branch = (torch.empty_like(y, memory_format=torch.contiguous_format) if w else y.new_empty(0) for w in (to_x, to_branch))
     if y.numel() and use_triton(y, width <= WIDEST, LIMIT):
-        programs, block = min(tokens, PROGRAMS), power_of_2(width)
-        parts = [y.new_empty(batch, programs, width, dtype=wide(y)) for _ in range(3 if gated else 2)]
+        programs, block = min(tokens, max(1, PER_PROCESSOR * processors(y) // batch)) if learned else tokens, power_of_2(width)
+        parts = y.new_empty(learned, batch, programs, width, dtype=wide(y)) if learned else mean  # not written
         grad_y, grad_h, y, scale = (rows_contiguous(t) for t in (grad_y if gated else grad_h, grad_h, y, scale))
-        branch, gate = (rows_contiguous(branch), rows_contiguous(gate)) if gated else (y, scale)  # not read
+        gate = rows_contiguous(gate) if gated else scale  # not read
+        branch = rows_contiguous(branch) if to_gate else y  # not read
+        flags = {"GATED": gated, "X": to_x, "BRANCH": to_branch, "GATE": to_gate, "SCALE": to_scale, "SHIFT": to_shift}
         launch(
-            _backward, (programs, batch), y, grad_y, grad_h, y, branch, gate, scale, mean, rstd, grad_x, grad_branch, parts[-1], parts[0], parts[1], tokens, width, programs,
+            _backward, (programs, batch), y, grad_y, grad_h, y, branch, gate, scale, mean, rstd, grad_x, grad_branch, parts, tokens, width, programs,
             *grad_y.stride()[:2], *grad_h.stride()[:2], *y.stride()[:2], *branch.stride()[:2], gate.stride(0), scale.stride(0),
-            GATED=gated, BLOCK=block, ACC=accumulator(y), num_warps=_warps(block),
+            **flags, BLOCK=block, ACC=accumulator(y), num_warps=_warps(block, True),
         )  # fmt: skip
-        grad_scale, grad_shift, *rest = (part.sum(1).to(y.dtype) for part in parts)
-        return grad_x, grad_branch, rest[0] if gated else y.new_empty(0), grad_scale, grad_shift
+        return grad_x, grad_branch, parts.sum(2).to(scale.dtype) if learned else scale.new_empty(0, batch, width)
     normed = (y.to(mean.dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
     gh, factor = grad_h.to(mean.dtype), 1 + scale.to(mean.dtype).unsqueeze(1)
     gn = gh * factor
     gy = rstd.unsqueeze(-1) * (gn - gn.mean(-1, keepdim=True) - normed * (gn * normed).mean(-1, keepdim=True))
-    grad_scale, grad_shift = ((gh * normed).sum(1).to(y.dtype), gh.sum(1).to(y.dtype))
-    if not gated:
-        return grad_x.copy_(gy), grad_branch, y.new_empty(0), grad_scale, grad_shift
-    gy = gy + grad_y.to(mean.dtype)
-    grad_gate = (gy * branch.to(mean.dtype)).sum(1).to(y.dtype)
-    return grad_x.copy_(gy), grad_branch.copy_(gy * gate.to(mean.dtype).unsqueeze(1)), grad_gate, grad_scale, grad_shift
+    if gated:
+        gy = gy + grad_y.to(mean.dtype)
+    sums = [(gh * normed).sum(1)] * to_scale + [gh.sum(1)] * to_shift + ([(gy * branch.to(mean.dtype)).sum(1)] if to_gate else [])
+    if to_x:
+        grad_x.copy_(gy)
+    if to_branch:
+        grad_branch.copy_(gy * gate.to(mean.dtype).unsqueeze(1))
+    return grad_x, grad_branch, torch.stack(sums).to(scale.dtype) if learned else scale.new_empty(0, batch, width)
 
 
 @_op_backward.register_fake
-def _(grad_y, grad_h, y, branch, gate, scale, mean, rstd):
-    dense = lambda t: torch.empty_like(t, memory_format=torch.contiguous_format)
-    nothing = lambda: y.new_empty(0)
-    return dense(y), nothing() if branch is None else dense(y), nothing() if branch is None else dense(gate), dense(scale), dense(scale)
+def _(grad_y, grad_h, y, branch, gate, scale, mean, rstd, wanted):
+    dense = lambda w: torch.empty_like(y, memory_format=torch.contiguous_format) if w else y.new_empty(0)
+    return dense(wanted[0]), dense(wanted[1]), scale.new_empty(sum(wanted[2:]), *scale.shape)
 
 
 def _setup(ctx, inputs, output):
     x, branch, gate, scale, shift, eps = inputs
     y, h, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x if branch is None else y, branch, gate, scale, mean, rstd)
+    ctx.wanted = list(ctx.needs_input_grad[:5])
+    ctx.save_for_backward(x if branch is None else y, branch if ctx.wanted[2] else None, gate, scale, mean, rstd)
 
 
 def _gradients(ctx, grad_y, grad_h, grad_mean, grad_rstd):
-    y, branch, gate, scale, mean, rstd = ctx.saved_tensors
-    grad_x, grad_branch, grad_gate, grad_scale, grad_shift = _op_backward(grad_y, grad_h, y, branch, gate, scale, mean, rstd)
-    if branch is None:
-        grad_branch = grad_gate = None
-    return grad_x, grad_branch, grad_gate, grad_scale, grad_shift, None
+    to_x, to_branch, to_gate, to_scale, to_shift = ctx.wanted
+    grad_x, grad_branch, sums = _op_backward(grad_y, grad_h, *ctx.saved_tensors, ctx.wanted)
+    rest = iter(sums.unbind(0))
+    grad_scale, grad_shift, grad_gate = (next(rest) if w else None for w in (to_scale, to_shift, to_gate))
+    return grad_x if to_x else None, grad_branch if to_branch else None, grad_gate, grad_scale, grad_shift, None
 
 
 _op.register_autograd(_gradients, setup_context=_setup)
 
 
 def _check(operation: str, x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor) -> None:
-    same_kind(operation, x=x, scale=scale, shift=shift, **({"branch": branch, "gate": gate} if operation == "gated_adaln" else {}))
+    gated = operation == "gated_adaln"
+    same_kind(operation, x=x, **({"branch": branch} if gated else {}))
+    same_device(operation, x=x, scale=scale, shift=shift)
+    same_kind(operation, scale=scale, shift=shift, **({"gate": gate} if gated else {}))
     if x.ndim != 3:
         raise ValueError(f"{operation}: x has shape {tuple(x.shape)}; it must be (batch, tokens, width)")
     shaped(operation, "branch", branch, x.shape)

@@ -99,13 +99,18 @@ def _table(size: int, new: int, mode: str, back: bool, dtype: torch.dtype, devic
 
 
 @triton.jit
-def _place(c, y, x, channels, columns, patch_y, patch_x, merge, frames):
-    """Where a pixel lies in a picture's patches, in the first of the frames."""
-    grid_y = y // patch_y
-    grid_x = x // patch_x
-    square = (grid_y // merge) * (columns // patch_x // merge) + grid_x // merge
-    n = (square * merge + grid_y % merge) * merge + grid_x % merge
-    return ((n * channels + c) * frames * patch_y + y % patch_y) * patch_x + x % patch_x
+def _place(c, y, x, channels, rows, columns, PATCH: tl.constexpr, MERGE: tl.constexpr, FRAMES: tl.constexpr):
+    """Where a pixel lies in a picture's patches, in the first of the frames; without a patch in the picture. The layout is known to the
+    compiler, which turns its divisions into multiplications: this runs once per tap."""
+    if PATCH:
+        grid_y = y // PATCH
+        grid_x = x // PATCH
+        square = (grid_y // MERGE) * (columns // (PATCH * MERGE)) + grid_x // MERGE
+        n = (square * MERGE + grid_y % MERGE) * MERGE + grid_x % MERGE
+        place = ((n * channels + c) * FRAMES * PATCH + y % PATCH) * PATCH + x % PATCH
+    else:
+        place = (c * rows + y) * columns + x
+    return place
 
 
 @triton.jit
@@ -118,7 +123,7 @@ def _clamp(v):
 @triton.jit
 def _forward(
     pictures, mean, std, first_y, weight_y, first_x, weight_x, out, channels, rows, columns, taps_y, taps_x,
-    patch_y, patch_x, merge, frames, x_b, x_c, x_h, x_w, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    x_b, x_c, x_h, x_w, PATCH: tl.constexpr, MERGE: tl.constexpr, FRAMES: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program per block of resized pixels of one channel of one picture."""
     i, c, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -138,15 +143,15 @@ def _forward(
             line += along * _clamp(tl.load(pictures + corner + k * x_h + j * x_w, mask=read, other=0.0).to(ACC))
         value += down * line
     value = ((_clamp(value) + 1) / 2 - tl.load(mean + c).to(ACC)) / tl.load(std + c).to(ACC)
-    to = b * channels * frames * rows * columns + _place(c, y, x, channels, columns, patch_y, patch_x, merge, frames)
-    for frame in range(0, frames):
-        tl.store(out + to + frame * patch_y * patch_x, value.to(out.dtype.element_ty), mask=inside)
+    to = b * channels * FRAMES * rows * columns + _place(c, y, x, channels, rows, columns, PATCH, MERGE, FRAMES)
+    for frame in tl.static_range(0, FRAMES):
+        tl.store(out + to + frame * PATCH * PATCH, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward(
     grad, std, first_y, weight_y, first_x, weight_x, out, channels, height, width, rows, columns, taps_y, taps_x,
-    patch_y, patch_x, merge, frames, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    PATCH: tl.constexpr, MERGE: tl.constexpr, FRAMES: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program per block of the picture's own pixels: gathers from the patches what depends on them."""
     i, c, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -156,7 +161,7 @@ def _backward(
     x = pixel % width
     top = tl.load(first_y + y, mask=inside, other=0)
     left = tl.load(first_x + x, mask=inside, other=0)
-    start = b * channels * frames * rows * columns
+    start = b * channels * FRAMES * rows * columns
     value = tl.zeros((BLOCK,), ACC)
     for k in range(0, taps_y):
         down = tl.load(weight_y + k * height + y, mask=inside, other=0.0)
@@ -164,9 +169,9 @@ def _backward(
         for j in range(0, taps_x):
             along = tl.load(weight_x + j * width + x, mask=inside, other=0.0)
             read = (down != 0) & (along != 0)
-            at = start + _place(c, top + k, left + j, channels, columns, patch_y, patch_x, merge, frames)
-            for frame in range(0, frames):
-                line += along * tl.load(grad + at + frame * patch_y * patch_x, mask=read, other=0.0).to(ACC)
+            at = start + _place(c, top + k, left + j, channels, rows, columns, PATCH, MERGE, FRAMES)
+            for frame in tl.static_range(0, FRAMES):
+                line += along * tl.load(grad + at + frame * PATCH * PATCH, mask=read, other=0.0).to(ACC)
         value += down * line
     value = value / (2 * tl.load(std + c).to(ACC))
     tl.store(out + (b * channels + c) * height * width + pixel, value.to(out.dtype.element_ty), mask=inside)
@@ -189,7 +194,7 @@ def _op(pictures: Tensor, mean: Tensor, std: Tensor, rows: int, columns: int, pa
         tables = [_table(size, new, mode, False, wide(pictures), pictures.device) for size, new in ((height, rows), (width, columns))]
         launch(
             _forward, (cdiv(rows * columns, BLOCK), channels, batch), pictures, pictures, mean.contiguous(), std.contiguous(), *tables[0], *tables[1], out, channels, rows, columns,
-            *(len(weight) for _, weight in tables), patch_y, patch_x, merge, frames, *pictures.stride(), BLOCK=BLOCK, ACC=accumulator(pictures), num_warps=4,
+            *(len(weight) for _, weight in tables), *pictures.stride(), PATCH=patch, MERGE=merge, FRAMES=frames, BLOCK=BLOCK, ACC=accumulator(pictures), num_warps=4,
         )  # fmt: skip
         return out
     return out.copy_(vlm_patches_reference(pictures, mean, std, (rows, columns), patch or None, merge, frames, mode, dtype).view_as(out))
@@ -210,14 +215,14 @@ def _op_backward(
     out = grad.new_empty(batch, channels, height, width, dtype=dtype)
     if not out.numel():
         return out
-    patch_y, patch_x = (patch, patch) if patch else (rows, columns)
     if _triton_serves(out, height, width, rows, columns, mode):
         tables = [_table(size, new, mode, True, wide(out), grad.device) for size, new in ((height, rows), (width, columns))]
         launch(
             _backward, (cdiv(height * width, BLOCK), channels, batch), out, grad.contiguous(), std.contiguous(), *tables[0], *tables[1], out, channels, height, width, rows, columns,
-            *(len(weight) for _, weight in tables), patch_y, patch_x, merge, frames, BLOCK=BLOCK, ACC=accumulator(out), num_warps=4,
+            *(len(weight) for _, weight in tables), PATCH=patch, MERGE=merge, FRAMES=frames, BLOCK=BLOCK, ACC=accumulator(out), num_warps=4,
         )  # fmt: skip
         return out
+    patch_y, patch_x = (patch, patch) if patch else (rows, columns)
     grid = rows // patch_y // merge, columns // patch_x // merge, merge, merge, channels, frames, patch_y, patch_x
     picture = grad.to(wide(out)).reshape(batch, *grid).sum(6).permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(batch, channels, rows, columns)
     picture = picture / (2 * std.to(picture.dtype).view(-1, 1, 1))

@@ -6,10 +6,11 @@
 Pairs are the two halves of a head (`interleaved=False`, the suite's DiT) or neighbors (`interleaved=True`: FLUX, Qwen-Image,
 Z-Image). What makes the embedding 2-D lies in the table alone: half of its columns turn with y, half with x
 (`vlmedit.models.dit.rotary_table`). In torch this is five passes and the halves are copied twice; here it is one. Kept are x and
-one number per head and token. The weight's gradient is summed per program in a fixed order, then by torch: deterministic.
+one number per head and token. The weight's gradient is summed per program in a fixed order, then by torch: deterministic; a frozen
+weight's is not computed.
 
 Shapes: x (B, H, N, D), any strides with a dense last axis (a transposed view of (B, N, H, D) is not copied); weight (D,);
-cos, sin (N, D / 2). Returns a dense (B, H, N, D).
+cos, sin (N, D / 2), or (B, N, D / 2) where samples differ in size. Returns a dense (B, H, N, D).
 Computes in float32 (float64 for float64); cos and sin may be float32 whatever the dtype of x, and carry no gradient.
 """
 
@@ -20,6 +21,7 @@ from vlmedit.kernels.dispatch import (
     cdiv,
     launch,
     power_of_2,
+    processors,
     rows_contiguous,
     same_device,
     same_kind,
@@ -31,13 +33,24 @@ from vlmedit.kernels.dispatch import (
 )
 
 WIDEST = 1024  # of D
-LIMIT = f"D must be at most {WIDEST}"
-PROGRAMS = 1024  # of the backward pass, in all: each sums the weight's gradient over its tiles
+MOST_ROWS = 2**31 - 2**21  # rows are counted in int32, a program's last step beyond them included
+LIMIT = f"D must be at most {WIDEST}, batch x heads x tokens below {MOST_ROWS}"
+PER_PROCESSOR = 8  # programs of the backward pass where the weight learns: each sums its gradient over its tiles
+
+
+def _tables(x: Tensor, *tables: Tensor) -> list[Tensor]:
+    """Widened, with an axis for the heads where there is one for the samples."""
+    return [(t if t.ndim == 2 else t.unsqueeze(1)).to(wide(x)) for t in tables]
+
+
+def _serves(x: Tensor) -> bool:
+    rows = x.shape[0] * x.shape[1] * x.shape[2]
+    return use_triton(x, x.shape[-1] <= WIDEST and rows <= MOST_ROWS, LIMIT)
 
 
 def norm_rope_reference(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6, interleaved: bool = False) -> Tensor:
     """Plain torch, in the widened dtype, rounded once at the end."""
-    value, cos, sin = x.to(wide(x)), cos.to(wide(x)), sin.to(wide(x))
+    value, (cos, sin) = x.to(wide(x)), _tables(x, cos, sin)
     normed = value * (value.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(wide(x))
     a, b = normed.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else normed.chunk(2, -1)
     turned = a * cos - b * sin, a * sin + b * cos
@@ -45,86 +58,103 @@ def norm_rope_reference(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps
 
 
 @triton.jit
-def partners(pair, pairs, INTERLEAVED: tl.constexpr):
-    """Where the two values of each pair lie in a row: side by side, or half a row apart."""
+def _where(row, heads, tokens):
+    """Sample and head as int64, which strides multiply, and token as int32: 32-bit divisions are several times faster."""
+    above = row // tokens
+    return (above // heads).to(tl.int64), (above % heads).to(tl.int64), row % tokens
+
+
+@triton.jit
+def _load(p, start, held, pairs, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr):
+    """First and second values (ROWS, PAIRS) of the pairs of the rows that begin at `start`. Neighbors are read as one dense row and parted in
+    registers: each by itself would be a two-byte access."""
     if INTERLEAVED:
-        first = 2 * pair
-        second = 2 * pair + 1
+        at = tl.arange(0, 2 * PAIRS)[None, :]
+        value = tl.load(p + start[:, None] + at, mask=held[:, None] & (at < 2 * pairs), other=0.0).to(ACC)
+        first, second = tl.split(tl.reshape(value, (ROWS, PAIRS, 2)))
     else:
-        first = pair
-        second = pair + pairs
+        at = tl.arange(0, PAIRS)[None, :]
+        inside = held[:, None] & (at < pairs)
+        first = tl.load(p + start[:, None] + at, mask=inside, other=0.0).to(ACC)
+        second = tl.load(p + start[:, None] + at + pairs, mask=inside, other=0.0).to(ACC)
     return first, second
 
 
 @triton.jit
+def _store(p, start, held, pairs, first, second, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr):
+    """The way back."""
+    if INTERLEAVED:
+        at = tl.arange(0, 2 * PAIRS)[None, :]
+        value = tl.reshape(tl.join(first, second), (ROWS, 2 * PAIRS))
+        tl.store(p + start[:, None] + at, value.to(p.dtype.element_ty), mask=held[:, None] & (at < 2 * pairs))
+    else:
+        at = tl.arange(0, PAIRS)[None, :]
+        inside = held[:, None] & (at < pairs)
+        tl.store(p + start[:, None] + at, first.to(p.dtype.element_ty), mask=inside)
+        tl.store(p + start[:, None] + at + pairs, second.to(p.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _angle(p, b, n, held, pairs, p_b, p_n, PAIRS: tl.constexpr, ACC: tl.constexpr):
+    """A table's rows (ROWS, PAIRS)."""
+    at = tl.arange(0, PAIRS)[None, :]
+    return tl.load(p + (b * p_b + n.to(tl.int64) * p_n)[:, None] + at, mask=held[:, None] & (at < pairs), other=0.0).to(ACC)
+
+
+@triton.jit
 def _forward(
-    x, weight, cos, sin, out, rstd, rows, heads, tokens, pairs, eps, x_b, x_h, x_n, cos_n, sin_n,
+    x, weight, cos, sin, out, rstd, rows, heads, tokens, pairs, eps, x_b, x_h, x_n, cos_b, cos_n, sin_b, sin_n,
     INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program per `ROWS` rows; a row is one head of one token."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    pair = tl.arange(0, PAIRS)
-    n = row % tokens
-    h = (row // tokens) % heads
-    b = row // (tokens * heads)
-    a_at, b_at = partners(pair, pairs, INTERLEAVED)
-    wanted = pair < pairs
-    inside = (row < rows)[:, None] & wanted[None, :]
-    start = (b * x_b + h * x_h + n * x_n)[:, None]
-    first = tl.load(x + start + a_at[None, :], mask=inside, other=0.0).to(ACC)
-    second = tl.load(x + start + b_at[None, :], mask=inside, other=0.0).to(ACC)
-    r = 1 / tl.sqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * pairs) + eps)
-    first *= r[:, None] * tl.load(weight + a_at, mask=wanted, other=0.0).to(ACC)[None, :]
-    second *= r[:, None] * tl.load(weight + b_at, mask=wanted, other=0.0).to(ACC)[None, :]
-    c = tl.load(cos + (n * cos_n)[:, None] + pair[None, :], mask=inside, other=0.0).to(ACC)
-    s = tl.load(sin + (n * sin_n)[:, None] + pair[None, :], mask=inside, other=0.0).to(ACC)
-    to = (row * 2 * pairs)[:, None]
-    tl.store(out + to + a_at[None, :], (first * c - second * s).to(out.dtype.element_ty), mask=inside)
-    tl.store(out + to + b_at[None, :], (first * s + second * c).to(out.dtype.element_ty), mask=inside)
-    tl.store(rstd + row, r, mask=row < rows)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    held = row < rows
+    b, h, n = _where(row, heads, tokens)
+    first, second = _load(x, b * x_b + h * x_h + n.to(tl.int64) * x_n, held, pairs, INTERLEAVED, ROWS, PAIRS, ACC)
+    wa, wb = _load(weight, tl.zeros((1,), tl.int32), tl.full((1,), True, tl.int1), pairs, INTERLEAVED, 1, PAIRS, ACC)
+    c = _angle(cos, b, n, held, pairs, cos_b, cos_n, PAIRS, ACC)
+    s = _angle(sin, b, n, held, pairs, sin_b, sin_n, PAIRS, ACC)
+    r = 1 / tl.sqrt(tl.sum(first * first + second * second, 1) / (2 * pairs) + eps)
+    first *= r[:, None] * wa
+    second *= r[:, None] * wb
+    _store(out, row.to(tl.int64) * 2 * pairs, held, pairs, first * c - second * s, first * s + second * c, INTERLEAVED, ROWS, PAIRS)
+    tl.store(rstd + row, r, mask=held)
 
 
 @triton.jit
 def _backward(
-    grad, x, weight, cos, sin, rstd, grad_x, parts, rows, heads, tokens, pairs, programs, g_b, g_h, g_n, x_b, x_h, x_n, cos_n, sin_n,
-    INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr,
+    grad, x, weight, cos, sin, rstd, grad_x, parts, rows, heads, tokens, pairs, programs, g_b, g_h, g_n, x_b, x_h, x_n, cos_b, cos_n, sin_b, sin_n,
+    X: tl.constexpr, WEIGHT: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes every `programs`-th tile of `ROWS` rows and sums the weight's gradient over them."""
-    p = tl.program_id(0).to(tl.int64)
-    pair = tl.arange(0, PAIRS)
-    a_at, b_at = partners(pair, pairs, INTERLEAVED)
-    wanted = pair < pairs
-    wa = tl.load(weight + a_at, mask=wanted, other=0.0).to(ACC)[None, :]
-    wb = tl.load(weight + b_at, mask=wanted, other=0.0).to(ACC)[None, :]
+    """Each program takes every `programs`-th tile of `ROWS` rows; where it is wanted, it sums the weight's gradient over them."""
+    p = tl.program_id(0)
+    wa, wb = _load(weight, tl.zeros((1,), tl.int32), tl.full((1,), True, tl.int1), pairs, INTERLEAVED, 1, PAIRS, ACC)
     to_a = tl.zeros((PAIRS,), ACC)
     to_b = tl.zeros((PAIRS,), ACC)
     for begin in range(p * ROWS, rows, programs * ROWS):
         row = begin + tl.arange(0, ROWS)
-        n = row % tokens
-        h = (row // tokens) % heads
-        b = row // (tokens * heads)
-        inside = (row < rows)[:, None] & wanted[None, :]
-        g_at = (b * g_b + h * g_h + n * g_n)[:, None]
-        ga = tl.load(grad + g_at + a_at[None, :], mask=inside, other=0.0).to(ACC)
-        gb = tl.load(grad + g_at + b_at[None, :], mask=inside, other=0.0).to(ACC)
-        c = tl.load(cos + (n * cos_n)[:, None] + pair[None, :], mask=inside, other=0.0).to(ACC)
-        s = tl.load(sin + (n * sin_n)[:, None] + pair[None, :], mask=inside, other=0.0).to(ACC)
+        held = row < rows
+        b, h, n = _where(row, heads, tokens)
+        ga, gb = _load(grad, b * g_b + h * g_h + n.to(tl.int64) * g_n, held, pairs, INTERLEAVED, ROWS, PAIRS, ACC)
+        xa, xb = _load(x, b * x_b + h * x_h + n.to(tl.int64) * x_n, held, pairs, INTERLEAVED, ROWS, PAIRS, ACC)
+        c = _angle(cos, b, n, held, pairs, cos_b, cos_n, PAIRS, ACC)
+        s = _angle(sin, b, n, held, pairs, sin_b, sin_n, PAIRS, ACC)
+        r = tl.load(rstd + row, mask=held, other=0.0)[:, None]
         na = ga * c + gb * s  # the rotation backwards
         nb = gb * c - ga * s
-        x_at = (b * x_b + h * x_h + n * x_n)[:, None]
-        r = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
-        xa = tl.load(x + x_at + a_at[None, :], mask=inside, other=0.0).to(ACC) * r
-        xb = tl.load(x + x_at + b_at[None, :], mask=inside, other=0.0).to(ACC) * r
-        to_a += tl.sum(na * xa, 0)
-        to_b += tl.sum(nb * xb, 0)
-        na *= wa
-        nb *= wb
-        along = ((tl.sum(na * xa, 1) + tl.sum(nb * xb, 1)) / (2 * pairs))[:, None]
-        to = (row * 2 * pairs)[:, None]
-        tl.store(grad_x + to + a_at[None, :], (r * (na - xa * along)).to(grad_x.dtype.element_ty), mask=inside)
-        tl.store(grad_x + to + b_at[None, :], (r * (nb - xb * along)).to(grad_x.dtype.element_ty), mask=inside)
-    tl.store(parts + p * 2 * pairs + a_at, to_a, mask=wanted)
-    tl.store(parts + p * 2 * pairs + b_at, to_b, mask=wanted)
+        xa *= r
+        xb *= r
+        if WEIGHT:
+            to_a += tl.sum(na * xa, 0)
+            to_b += tl.sum(nb * xb, 0)
+        if X:
+            na *= wa
+            nb *= wb
+            along = (tl.sum(na * xa + nb * xb, 1) / (2 * pairs))[:, None]
+            _store(grad_x, row.to(tl.int64) * 2 * pairs, held, pairs, r * (na - xa * along), r * (nb - xb * along), INTERLEAVED, ROWS, PAIRS)
+    if WEIGHT:
+        start = (p * 2 * pairs).to(tl.int64) + tl.zeros((1,), tl.int64)
+        _store(parts, start, tl.full((1,), True, tl.int1), pairs, to_a[None, :], to_b[None, :], INTERLEAVED, 1, PAIRS)
 
 
 def _tile(width: int) -> tuple[int, int]:
@@ -141,12 +171,12 @@ def _op(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, interle
     rstd = x.new_empty(batch, heads, tokens, dtype=wide(x))
     if not x.numel():
         return out, rstd
-    if use_triton(x, width <= WIDEST, LIMIT):
-        x, cos, sin = rows_contiguous(x), rows_contiguous(cos), rows_contiguous(sin)
-        rows, (tile, pairs) = batch * heads * tokens, _tile(width)
+    if _serves(x):
+        tables = [rows_contiguous(t).expand(batch, -1, -1) for t in (cos, sin)]
+        x, rows, (tile, pairs) = rows_contiguous(x), batch * heads * tokens, _tile(width)
         launch(
-            _forward, (cdiv(rows, tile),), x, x, weight.contiguous(), cos, sin, out, rstd, rows, heads, tokens, width // 2, eps, *x.stride()[:3], cos.stride(0), sin.stride(0),
-            INTERLEAVED=interleaved, ROWS=tile, PAIRS=pairs, ACC=accumulator(x), num_warps=4,
+            _forward, (cdiv(rows, tile),), x, x, weight.contiguous(), *tables, out, rstd, rows, heads, tokens, width // 2, eps, *x.stride()[:3],
+            *(n for t in tables for n in t.stride()[:2]), INTERLEAVED=interleaved, ROWS=tile, PAIRS=pairs, ACC=accumulator(x), num_warps=4,
         )  # fmt: skip
         return out, rstd
     rstd.copy_((x.to(wide(x)).square().mean(-1) + eps).rsqrt())
@@ -159,35 +189,35 @@ def _(x, weight, cos, sin, eps, interleaved):
 
 
 @torch.library.custom_op("vlmedit::norm_rope_backward", mutates_args=())
-def _op_backward(grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight."""
+def _op_backward(grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, interleaved: bool, wanted: list[bool]) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight; empty where not wanted."""
     batch, heads, tokens, width = x.shape
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if x.numel() and use_triton(x, width <= WIDEST, LIMIT):
-        grad, x, cos, sin = (rows_contiguous(t) for t in (grad, x, cos, sin))
-        rows, (tile, pairs) = batch * heads * tokens, _tile(width)
-        programs = min(cdiv(rows, tile), PROGRAMS)
-        parts = x.new_empty(programs, width, dtype=wide(x))
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else x.new_empty(0)
+    if x.numel() and _serves(x):
+        tables = [rows_contiguous(t).expand(batch, -1, -1) for t in (cos, sin)]
+        grad, x, rows, (tile, pairs) = rows_contiguous(grad), rows_contiguous(x), batch * heads * tokens, _tile(width)
+        programs = min(cdiv(rows, tile), PER_PROCESSOR * processors(x)) if wanted[1] else cdiv(rows, tile)
+        parts = x.new_empty(programs if wanted[1] else 0, width, dtype=wide(x))
         launch(
-            _backward, (programs,), x, grad, x, weight.contiguous(), cos, sin, rstd, grad_x, parts, rows, heads, tokens, width // 2, programs,
-            *grad.stride()[:3], *x.stride()[:3], cos.stride(0), sin.stride(0),
-            INTERLEAVED=interleaved, ROWS=tile, PAIRS=pairs, ACC=accumulator(x), num_warps=4,
+            _backward, (programs,), x, grad, x, weight.contiguous(), *tables, rstd, grad_x, parts, rows, heads, tokens, width // 2, programs,
+            *grad.stride()[:3], *x.stride()[:3], *(n for t in tables for n in t.stride()[:2]),
+            X=wanted[0], WEIGHT=wanted[1], INTERLEAVED=interleaved, ROWS=tile, PAIRS=pairs, ACC=accumulator(x), num_warps=4,
         )  # fmt: skip
-        return grad_x, parts.sum(0).to(weight.dtype)
+        return grad_x, parts.sum(0).to(weight.dtype) if wanted[1] else weight.new_empty(0)
     pairs_of = lambda t: t.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else t.chunk(2, -1)
-    ga, gb = pairs_of(grad.to(rstd.dtype))
-    cos, sin = cos.to(rstd.dtype), sin.to(rstd.dtype)
+    (ga, gb), (cos, sin) = pairs_of(grad.to(rstd.dtype)), _tables(x, cos, sin)
     back = ga * cos + gb * sin, gb * cos - ga * sin
     gn = torch.stack(back, -1).flatten(-2) if interleaved else torch.cat(back, -1)
     normed = x.to(rstd.dtype) * rstd.unsqueeze(-1)
-    weighted = gn * weight.to(rstd.dtype)
-    grad_x.copy_(rstd.unsqueeze(-1) * (weighted - normed * (weighted * normed).mean(-1, keepdim=True)))
-    return grad_x, (gn * normed).sum((0, 1, 2)).to(weight.dtype)
+    if wanted[0]:
+        weighted = gn * weight.to(rstd.dtype)
+        grad_x.copy_(rstd.unsqueeze(-1) * (weighted - normed * (weighted * normed).mean(-1, keepdim=True)))
+    return grad_x, (gn * normed).sum((0, 1, 2)).to(weight.dtype) if wanted[1] else weight.new_empty(0)
 
 
 @_op_backward.register_fake
-def _(grad, x, weight, cos, sin, rstd, interleaved):
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight, memory_format=torch.contiguous_format)
+def _(grad, x, weight, cos, sin, rstd, interleaved, wanted):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) if w else t.new_empty(0) for t, w in zip((x, weight), wanted))
 
 
 def _setup(ctx, inputs, output):
@@ -197,16 +227,17 @@ def _setup(ctx, inputs, output):
 
 
 def _gradients(ctx, grad, grad_rstd):
-    grad_x, grad_weight = _op_backward(grad, *ctx.saved_tensors, ctx.interleaved)
-    return grad_x, grad_weight, None, None, None, None
+    wanted = list(ctx.needs_input_grad[:2])
+    found = _op_backward(grad, *ctx.saved_tensors, ctx.interleaved, wanted)
+    return *(g if w else None for g, w in zip(found, wanted)), None, None, None, None
 
 
 _op.register_autograd(_gradients, setup_context=_setup)
 
 
 def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6, interleaved: bool = False) -> Tensor:
-    """RMS-normed and rotated queries or keys, with gradients of x and weight. x (B, H, N, D), weight (D,), cos and sin (N, D / 2).
-    Raises TypeError or ValueError for mixed dtypes or devices, an odd D, or other shapes."""
+    """RMS-normed and rotated queries or keys, with gradients of x and weight. x (B, H, N, D), weight (D,), cos and sin (N, D / 2)
+    or (B, N, D / 2). Raises TypeError or ValueError for mixed dtypes or devices, an odd D, or other shapes."""
     same_kind("norm_rope", x=x, weight=weight)
     same_kind("norm_rope", cos=cos, sin=sin)
     same_device("norm_rope", x=x, cos=cos)
@@ -214,7 +245,8 @@ def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 
         raise ValueError(f"norm_rope: x has shape {tuple(x.shape)}; it must be (batch, heads, tokens, an even head width)")
     shaped("norm_rope", "weight", weight, x.shape[-1:])
     for name, t in (("cos", cos), ("sin", sin)):
-        shaped("norm_rope", name, t, (x.shape[2], x.shape[3] // 2))
+        own = x.shape[:1] if t.ndim == 3 else ()  # a table per sample
+        shaped("norm_rope", name, t, (*own, x.shape[2], x.shape[3] // 2))
         if t.requires_grad:
             raise ValueError(f"norm_rope: {name} requires a gradient, which the table has none of; detach it")
     return _op(x, weight, cos, sin, eps, interleaved)[0]

@@ -5,12 +5,13 @@ With v alone (`uncond` None) it is the step of a distilled student, and the step
 Sec. 3.1]. It is linear: the gradients of x, c, u and noise are the incoming one times (1 - s), -(1 - s) t w, -(1 - s) t (1 - w) and s,
 so nothing is kept for the backward pass but t and s, and its pass reads one picture and writes only what somebody asks for.
 
-Shapes: x, cond, uncond, noise (B, ...); t, s (B,), without gradient. Computes in float32 (float64 for float64). Deterministic: no sums.
+Shapes: x, cond, uncond, noise (B, ...) of one dtype; t, s (B,) of theirs, without gradient: float32 times are not rounded to half precision.
+Computes in float32 (float64 for float64). Deterministic: no sums.
 """
 
 import torch
 from torch import Tensor
-from vlmedit.kernels.dispatch import accumulator, cdiv, launch, same_kind, shaped, tl, triton, use_triton
+from vlmedit.kernels.dispatch import accumulator, cdiv, launch, same_device, same_kind, shaped, tl, triton, use_triton
 
 from vlmedit.flow import guide, interpolate, to_x0
 
@@ -18,9 +19,10 @@ BLOCK = 1024
 
 
 def guided_step_reference(x: Tensor, cond: Tensor, uncond: Tensor | None, noise: Tensor, t: Tensor, s: Tensor, guidance: float = 1.0) -> Tensor:
-    """Plain torch, by the one home of these formulas."""
+    """Plain torch, by the one home of these formulas; where the times are wider than x, in their dtype and rounded once at the end."""
     v = cond if uncond is None else guide(cond, uncond, guidance)
-    return interpolate(to_x0(x, v, t), noise, s)
+    exact = torch.promote_types(x.dtype, t.dtype)
+    return interpolate(to_x0(x.to(exact), v, t), noise, s).to(x.dtype)
 
 
 @triton.jit
@@ -133,7 +135,9 @@ _op.register_autograd(_gradients, setup_context=_setup)
 def guided_step(x: Tensor, cond: Tensor, uncond: Tensor | None, noise: Tensor, t: Tensor, s: Tensor, guidance: float = 1.0) -> Tensor:
     """x at level s from x at level t: guidance, x0, fresh noise; with gradients of x, cond, uncond and noise. All (B, ...), t and s (B,).
     Raises TypeError or ValueError for mixed dtypes, devices or shapes."""
-    same_kind("guided_step", x=x, cond=cond, noise=noise, t=t, s=s, **({} if uncond is None else {"uncond": uncond}))
+    same_kind("guided_step", x=x, cond=cond, noise=noise, **({} if uncond is None else {"uncond": uncond}))
+    same_kind("guided_step", t=t, s=s)
+    same_device("guided_step", x=x, t=t)
     if x.ndim < 2:
         raise ValueError(f"guided_step: x has shape {tuple(x.shape)}; it must be (batch, ...)")
     if uncond is None and guidance != 1:
