@@ -259,16 +259,33 @@ CLAIMS = (
     Claim("two answer tokens beat the full vocabulary", "6.10, 5.89", "objective", "full", "full-vocabulary loss", {
         CLEAR: "the judge here has 84 words and puts all its probability on the two answers (log): the losses are nearly one.",
     }),
-    Claim("two unrolled calls beat one", "no figure known", "unroll", "two calls", "one call", {}),
-    Claim("a larger judge helps", "LLaVA 7B 6.10, 0.5B 4.59; InternVL 14B 5.89, 2B 5.45", "judge_size", "medium", "small", {}),
-    Claim("more requests help: as many as draws, against 1 %", "all 6.10, 1 % 4.66", "data", "100 %", "1 %", {}),
-    Claim("the same, against half of them", "all 6.10, half 5.52", "data", "100 %", "50 %", {}),
+    Claim("two unrolled calls beat one", "no figure known", "unroll", "two calls", "one call", {
+        "yes": "the student is used in four calls, and one that met its own first call in training knows what it will be given; the margin is just beyond the error.",
+        CLEAR: "the student is used in four calls, and one that met its own first call in training knows what it will be given; but not by much.",
+    }),
+    Claim("a larger judge helps", "LLaVA 7B 6.10, 0.5B 4.59; InternVL 14B 5.89, 2B 5.45", "judge_size", "medium", "small", {
+        CLEAR: "both went to school for 1,500 updates alone, and under the shipped judge, schooled far longer and on students' own work, the same student does better: here it is the school that counts.",
+    }),
+    Claim("more requests help: new ones each time, against 1 % as many", "all 6.10, 1 % 4.66", "data", "new each time", "1 %", {
+        "yes": "192 scenes are soon known by heart, and what is kept of a scene that was never seen is not.",
+    }),
+    Claim("the same, against 50 % as many", "all 6.10, half 5.52", "data", "new each time", "50 %", {
+        CLEAR: "so few updates see most of that many requests once; what repeats is hardly noticed.", "yes": "also few repetitions cost.", "no": "repetitions did no harm in so few updates.",
+    }),
     Claim("on par with training on pairs, at four steps", "6.10; best of those trained on pairs 6.06", "objective", "full", "paired SFT", {
         "no": "exact targets cost nothing here and are always right, which no data set of pairs is; nor do they need distillation to be sampled in four steps.",
     }, better=False),
-    Claim("better than SFT + Flow-GRPO with the same judge", "6.06 (SFT + NP-Edit), 4.19", "rl", "SFT + NP-Edit", "SFT + Flow-GRPO", {}),
-    Claim("Flow-GRPO costs image quality (manifold-PSNR before and after it)", "PQ 5.70, 5.47", "rl", "SFT + Flow-GRPO, 4 steps before the last stage", "SFT + Flow-GRPO", {}, "manifold_psnr"),
-    Claim("no SFT start is needed", "6.10 without, 6.06 with", "rl", "NP-Edit", "SFT + NP-Edit", {}, better=False),
+    Claim("better than SFT + Flow-GRPO with the same judge", "6.06 (SFT + NP-Edit), 4.19", "rl", "SFT + NP-Edit", "SFT + Flow-GRPO", {
+        "yes": "a gradient says which pixels would please; a policy can only repeat what it happens to do, and a student of pairs does nearly the same each time.",
+    }),
+    Claim("Flow-GRPO costs image quality (manifold-PSNR before and after it)", "PQ 5.70, 5.47", "rl", "SFT + Flow-GRPO, 4 steps before the last stage", "SFT + Flow-GRPO", {
+        CLEAR: "it falls, by less than two errors: at the rate that keeps it stable (log) Flow-GRPO hardly moves the student in 300 updates, for better or worse.",
+        "yes": "nothing but the KL term holds it to the manifold.",
+    }, "manifold_psnr"),
+    Claim("no SFT start is needed", "6.10 without, 6.06 with", "rl", "NP-Edit", "SFT + NP-Edit", {
+        CLEAR: "at equal updates the copy does as well as the student of pairs; the difference's error is as large as the margin. They differ by type: pairs bring additions and recoloring early, the copy removals and replacing.",
+        "yes": "at equal updates the copy does as well as the student of pairs. They differ by type: pairs bring additions and recoloring early, the copy removals and replacing.",
+    }, better=False),
 )  # fmt: skip
 
 
