@@ -189,7 +189,7 @@ class Checkpoints:
             module.load_state_dict(load_file(self.folder / f"{name}.safetensors"))
         for name, ema in self.averages.items():
             ema.load(load_file(self.folder / f"{name}.ema.safetensors"))
-        states = torch.load(self.folder / "optimizers.pt", weights_only=True, map_location="cpu")
+        states = torch.load(self.folder / "optimizers.pt", weights_only=True, map_location="cpu", mmap=True)  # shared by the processes of a machine
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(states[name])
         return state["step"]
