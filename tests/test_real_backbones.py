@@ -144,6 +144,37 @@ def test_z_image_two_times(saved):
             call(reference)
 
 
+class _Times:
+    """What a transformer's sinusoidal embedders are called with."""
+
+    def __init__(self, transformer):
+        self.seen = []
+        for m in transformer.modules():
+            if type(m).__name__ in ("Timesteps", "TimestepEmbedder"):
+                m.register_forward_hook(lambda _, given, __: self.seen.append(given[0]))
+
+
+@pytest.mark.parametrize("autocast", (False, True))
+@pytest.mark.parametrize("name", tiny.BACKBONES)
+def test_time_is_not_rounded(saved, name, autocast):
+    """A bf16 backbone, and a float32 one under autocast, embed the very times that a float32 one embeds: no t = 0.9474 that becomes 0.9492."""
+    t, numbers = torch.tensor([0.9474, 0.3331]), torch.tensor([[1], [2]])
+    seen = []
+    for dtype in (torch.float32, torch.bfloat16):
+        backbone, _ = tiny.load_backbone(saved / name)
+        if not autocast:
+            backbone.transformer.to(dtype)
+        times = _Times(backbone.transformer)
+        x = torch.randn(2, 2, backbone.channels, 8, 8)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
+            backbone(x[0], t, numbers, x[1])
+            backbone(x[0], t.flip(0), numbers)  # the first call left nothing behind
+        seen.append(times.seen)
+    exact, rough = seen
+    assert len(exact) == len(rough) >= 2 and all(torch.equal(a, b.float()) for a, b in zip(exact, rough))
+    assert exact[0].dtype == rough[0].dtype == torch.float32 and not torch.equal(rough[0], rough[0].bfloat16().float())
+
+
 def test_an_oracle_of_each_convention_is_recovered():
     """A stand-in Z-Image that knows x0 and answers in Z-Image's words, x0 - eps at reversed time, is a rectified flow in ours."""
     x0, eps = torch.randn(2, 2, 4, 4, 4)

@@ -11,10 +11,11 @@ from vlmedit.real.roles import adapter_roles, lora_targets
 
 def test_real_models_have_their_published_sizes():
     """Parameters of the configurations as built, without a weight in memory, in billions: Z-Image 6.15, InternVL3-14B 15.1,
-    LLaVA-OneVision-7B 8.03, Qwen2.5-VL-7B 8.29, FLUX.1 11.9, Qwen-Image 20.4, FLUX's autoencoder 0.0838."""
+    LLaVA-OneVision-7B 8.03, Qwen2.5-VL-7B 8.29, FLUX.1 11.9, Qwen-Image 20.4, FLUX.2 klein 3.88,
+    Qwen3-VL-8B 8.77, FLUX's autoencoder 0.0838."""
     published = {
         budget.z_image: 6.15, budget.flux_kontext: 11.9, budget.qwen_image_edit: 20.4, budget.internvl3_14b: 15.1,
-        budget.llava_onevision_7b: 8.03, budget.qwen2_5_vl_7b: 8.29, budget.qwen3_4b: 4.02, budget.autoencoder: 0.0838,
+        budget.llava_onevision_7b: 8.03, budget.qwen2_5_vl_7b: 8.29, budget.qwen3_4b: 4.02, budget.flux2_klein: 3.88, budget.qwen3_vl_8b: 8.77, budget.autoencoder: 0.0838,
     }  # fmt: skip
     for build, billions in published.items():
         model = build()
@@ -100,9 +101,10 @@ def test_update_activations():
 
 def test_the_recipe_speaks_of_real_settings():
     """Every line of the released recipe that names a setting of ours names one that exists; each has a source."""
-    from vlmedit.real.recipe import MAIN_STAGE
+    from vlmedit.real.recipe import FIXED, MAIN_STAGE
     from vlmedit.train.config import NPEditConfig
 
     config = NPEditConfig.make("laptop")
     assert all(hasattr(config, line.here) for line in MAIN_STAGE if line.here)
-    assert all(line.source.startswith("[") for line in MAIN_STAGE) and len({line.what for line in MAIN_STAGE}) == len(MAIN_STAGE)
+    lines = (*MAIN_STAGE, *FIXED)
+    assert all(line.source.startswith("[") for line in lines) and len({line.what for line in lines}) == len(lines)

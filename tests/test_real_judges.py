@@ -276,6 +276,40 @@ def test_capped_logits():
     assert margin < two_row_margin(states, torch.tensor([2]), weight, 0, 1) == 50
 
 
+@pytest.mark.parametrize("cap", [None, 100.0])
+def test_the_margin_is_exact_under_autocast(cap):
+    """Autocast would make the product one of bf16, whose steps are 0.25 at this size."""
+    states = torch.full((1, 2, 64), 1.0) + torch.arange(64) / 512
+    weight = torch.stack((torch.full((64,), 0.89), torch.zeros(64)))
+    plain = two_row_margin(states, torch.tensor([2]), weight, 0, 1, cap)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(states[:, 0] @ weight[0], (states[:, 0].bfloat16() @ weight[0].bfloat16()))  # autocast is on
+        cast = two_row_margin(states, torch.tensor([2]), weight, 0, 1, cap)
+    assert cast.dtype == torch.float32 and torch.equal(cast, plain) and not torch.equal(plain, plain.bfloat16().float())
+
+
+def test_pictures_are_prepared_exactly_under_autocast(judge):
+    """What the vision tower is given, and its gradient, are those of float32: SmolVLM's two Lanczos products among them."""
+    found = []
+    for on in (False, True):
+        x = smooth(40, 24).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            prepared = judge.prepare(x)
+        found.append((prepared, torch.autograd.grad(prepared.square().sum(), x)[0]))
+    (plain, slope), (cast, cast_slope) = found
+    assert cast.dtype == torch.float32 and torch.equal(cast, plain) and torch.equal(cast_slope, slope)
+
+
+def test_the_whole_margin_under_autocast(judge):
+    """A judge asked under autocast answers in float32, not on bf16's steps, and close to what it says without."""
+    rows, questions = [(smooth(32, 32, 1), smooth(32, 32, 2)), (smooth(32, 32, 3),)], ["was it done?", "is there a dog?"]
+    with torch.no_grad():
+        plain = judge.logit_margin(rows, questions)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = judge.logit_margin(rows, questions)
+    assert cast.dtype == torch.float32 and not torch.equal(cast, cast.bfloat16().float()) and (cast - plain).abs().max() < 0.1
+
+
 def test_families_answer_in_their_own_words(saved):
     """By default the answers are those that a family's checkpoints write: with a space, or in small letters; others can be asked for."""
     ids = {n: load_judge(saved / n) for n in ("internvl", "smolvlm", "paligemma2")}

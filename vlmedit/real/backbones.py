@@ -21,12 +21,14 @@ Shapes: x, reference (B, C, H, W) latents, of one size; t (B,) in [0, 1]; text a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vlmedit.real.text import Text, TextBank
@@ -51,6 +53,22 @@ def grid_ids(first: int, height: int, width: int, last: bool = False, device=Non
 def from_data_time(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
     """Our velocity of a network whose time runs from noise (0) to data (1) and which predicts x0 - eps."""
     return -network(x, 1 - t)
+
+
+@contextmanager
+def exact_time(embedder: nn.Module, time: Tensor) -> Iterator[None]:
+    """Within it, the first call of a sinusoidal embedder is about `time` (B,), unrounded: the forward passes of some transformers cast
+    it to the precision of their tokens, where 0.9474 is 0.9492. Rows that a family appends stay as they are."""
+
+    def replace(_, given: tuple[Tensor]) -> tuple[Tensor]:
+        handle.remove()
+        return (torch.cat((time, given[0][len(time) :].to(time))),)
+
+    handle = embedder.register_forward_pre_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class Backbone(nn.Module):
@@ -93,7 +111,8 @@ class Backbone(nn.Module):
         return reference
 
     def velocity(self, x: Tensor, t: Tensor, text: Text | Tensor, reference: Tensor | None = None) -> Tensor:
-        """v (B, C, H, W) at x_t, in the precision of x."""
+        """v (B, C, H, W) at x_t, in the precision of x. The weights' precision rounds latents and words; time stays in float32 up to the
+        sinusoids of its embedder."""
         if isinstance(text, Tensor):
             text = self.encode_text(text)
         for name, z in (("x", x), ("reference", reference)):
@@ -103,7 +122,7 @@ class Backbone(nn.Module):
                     f"H and W multiples of {self.multiple}: encode pictures with this checkpoint's autoencoder"
                 )
         dtype = self.transformer.dtype
-        v = self.predict(x.to(dtype), t.to(dtype), text, None if reference is None else reference.to(dtype))
+        v = self.predict(x.to(dtype), t.float(), text, None if reference is None else reference.to(dtype))
         return v.to(x.dtype)
 
     forward = velocity
@@ -128,10 +147,11 @@ class Flux(Backbone):
         ids = torch.cat([grid_ids(k, z.shape[-2] // 2, z.shape[-1] // 2, device=x.device) for k, z in enumerate(pictures)])
         guidance = torch.full_like(t, self.embedded_guidance) if self.config.guidance_embeds else None
         text_ids = torch.zeros(text.states.shape[1], 3, device=x.device)
-        v = self.transformer(
-            hidden_states=tokens, encoder_hidden_states=text.states, pooled_projections=text.pooled, timestep=t, img_ids=ids.to(x.dtype),
-            txt_ids=text_ids.to(x.dtype), guidance=guidance, return_dict=False,
-        )[0]  # fmt: skip
+        with exact_time(self.transformer.time_text_embed.time_proj, 1000 * t):
+            v = self.transformer(
+                hidden_states=tokens, encoder_hidden_states=text.states, pooled_projections=text.pooled, timestep=t, img_ids=ids.to(x.dtype),
+                txt_ids=text_ids.to(x.dtype), guidance=guidance, return_dict=False,
+            )[0]  # fmt: skip
         return unpack(v[:, : height // 2 * (width // 2)], height, width)
 
 
@@ -147,9 +167,10 @@ class Flux2(Backbone):
         words = torch.zeros(text.states.shape[1], 4, device=x.device, dtype=ids.dtype)
         words[:, 3] = torch.arange(len(words))
         guidance = torch.full_like(t, self.embedded_guidance) if self.config.guidance_embeds else None
-        v = self.transformer(
-            hidden_states=tokens, encoder_hidden_states=text.states, timestep=t, img_ids=ids, txt_ids=words, guidance=guidance, return_dict=False,
-        )[0]  # fmt: skip
+        with exact_time(self.transformer.time_guidance_embed.time_proj, 1000 * t):
+            v = self.transformer(
+                hidden_states=tokens, encoder_hidden_states=text.states, timestep=t, img_ids=ids, txt_ids=words, guidance=guidance, return_dict=False,
+            )[0]  # fmt: skip
         return v[:, : x[0, 0].numel()].transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
@@ -165,10 +186,11 @@ class QwenImage(Backbone):
         pictures = [x] if reference is None else [x, reference]
         tokens = torch.cat([pack(z) for z in pictures], 1)
         shapes = [[(1, z.shape[-2] // 2, z.shape[-1] // 2) for z in pictures]] * len(x)
-        v = self.transformer(
-            hidden_states=tokens, encoder_hidden_states=text.states, encoder_hidden_states_mask=text.mask, timestep=t, img_shapes=shapes,
-            return_dict=False,
-        )[0]  # fmt: skip
+        with exact_time(self.transformer.time_text_embed.time_proj, t):
+            v = self.transformer(
+                hidden_states=tokens, encoder_hidden_states=text.states, encoder_hidden_states_mask=text.mask, timestep=t, img_shapes=shapes,
+                return_dict=False,
+            )[0]  # fmt: skip
         return unpack(v[:, : height // 2 * (width // 2)], height, width)
 
 
@@ -305,7 +327,7 @@ def load_transformer(folder: str | os.PathLike, subfolder: str | None = None, **
     family_of(name)
     try:
         return getattr(diffusers, name).from_pretrained(str(folder), subfolder=subfolder, **kwargs)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise FileNotFoundError(f"{place} has a config but not all of its weights; download it again ({str(error).splitlines()[0]})") from error
 
 

@@ -115,6 +115,21 @@ def qwen_image_edit() -> nn.Module:
     return _meta(QwenImageTransformer2DModel)
 
 
+def flux2_klein() -> nn.Module:
+    """FLUX.2 klein base, 4B: 5 double and 20 single blocks of 24 heads of 128, prompts of 3 x 2560, no guidance embedding (`Klein4BParams` of
+    black-forest-labs/flux2, the released model's own code); the rest are the class's defaults."""
+    from diffusers import Flux2Transformer2DModel
+
+    return _meta(lambda: Flux2Transformer2DModel(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False))
+
+
+def flux2_autoencoder() -> nn.Module:
+    """The autoencoder of FLUX.2: 32 channels, packed 2 x 2: the class's defaults, with four stages of blocks."""
+    from diffusers import AutoencoderKLFlux2
+
+    return _meta(AutoencoderKLFlux2)
+
+
 def autoencoder() -> nn.Module:
     """The autoencoder of FLUX.1 and Z-Image: 16 channels, 8 pixels per latent."""
     from diffusers import AutoencoderKL
@@ -154,6 +169,16 @@ def qwen2_5_vl_7b() -> nn.Module:
     return _meta(lambda: Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=False)))
 
 
+def qwen3_vl_8b() -> nn.Module:
+    """Qwen3-VL-8B: the class's default tower before Qwen3-8B's layers (config.json of Qwen/Qwen3-VL-8B-Instruct; the class's own default
+    language model is another size)."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    text = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936)
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True, "rope_theta": 5e6}}
+    return _meta(lambda: Qwen3VLForConditionalGeneration(Qwen3VLConfig(vision_config={"out_hidden_size": 4096}, text_config=text, tie_word_embeddings=False)))
+
+
 def qwen3_4b() -> nn.Module:
     """Z-Image's text encoder: Qwen3-4B without its head (config.json of Qwen/Qwen3-4B)."""
     from transformers import Qwen3Config, Qwen3Model
@@ -162,8 +187,8 @@ def qwen3_4b() -> nn.Module:
     return _meta(lambda: Qwen3Model(Qwen3Config(**config)))
 
 
-BACKBONES = {"Z-Image": z_image, "FLUX.1-Kontext": flux_kontext, "Qwen-Image-Edit": qwen_image_edit}
-JUDGES = {"InternVL3-14B": internvl3_14b, "LLaVA-OneVision-7B": llava_onevision_7b, "Qwen2.5-VL-7B": qwen2_5_vl_7b}
+BACKBONES = {"Z-Image": z_image, "FLUX.1-Kontext": flux_kontext, "Qwen-Image-Edit": qwen_image_edit, "FLUX.2-klein": flux2_klein}
+JUDGES = {"InternVL3-14B": internvl3_14b, "LLaVA-OneVision-7B": llava_onevision_7b, "Qwen2.5-VL-7B": qwen2_5_vl_7b, "Qwen3-VL-8B": qwen3_vl_8b}
 
 
 def shapes(*size: int) -> Tensor:

@@ -102,7 +102,13 @@ class FewStepEditPipeline(DiffusionPipeline, LoraBaseMixin):
         if self.family == "QwenImageTransformer2DModel":  # 2x2 latent pixels are a token
             rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
             tokens = torch.cat([F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2) for z in (x, reference)], 1)
-            out = net(hidden_states=tokens, timestep=t, img_shapes=[[(1, rows, columns)] * 2] * len(x), return_dict=False, **words)[0]
+            # its forward would round the time to the precision of its tokens; rows after the first B (zero_cond_t) are 0
+            whole = lambda _, given: (torch.cat((t, given[0][len(t) :].to(t))),)
+            handle = net.time_text_embed.time_proj.register_forward_pre_hook(whole)
+            try:
+                out = net(hidden_states=tokens, timestep=t, img_shapes=[[(1, rows, columns)] * 2] * len(x), return_dict=False, **words)[0]
+            finally:
+                handle.remove()
             return F.pixel_shuffle(out[:, : rows * columns].transpose(1, 2).unflatten(2, (rows, columns)), 2)
         settings, time = {}, 1000 * t
         if self.family == "SanaTransformer2DModel":
@@ -124,7 +130,7 @@ class FewStepEditPipeline(DiffusionPipeline, LoraBaseMixin):
         x = randn_tensor(tuple(reference.shape), generator=generator, device=device, dtype=torch.float32) if latents is None else latents
         self.scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], device=device)
         for t in self.progress_bar(self.scheduler.timesteps):
-            time = (t / 1000).expand(len(x)).to(device, dtype)
+            time = (t / 1000).expand(len(x)).to(device)  # in float32, whatever the weights are in
             v = self.velocity(x.to(dtype), time, words, reference.to(dtype), config.get("omni", False)).float()
             x = self.scheduler.step(v, t, x, generator=generator, return_dict=False)[0]
         images = x if output_type == "latent" else self.image_processor.postprocess(self.decode(x).float(), output_type=output_type)

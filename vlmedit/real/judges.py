@@ -24,16 +24,18 @@ one-picture questions alone. `Judge.write` lets the same model answer in words, 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -79,6 +81,17 @@ def fitting_size(height: int, width: int, factor: int, least: int, most: int) ->
     return h, w
 
 
+def exact(prepare: Callable) -> Callable:
+    """A judge's `prepare` outside autocast, which would round its matrix products."""
+
+    @functools.wraps(prepare)
+    def wrapped(self: Judge, picture: Tensor) -> Tensor:
+        with torch.autocast(picture.device.type, enabled=False):
+            return prepare(self, picture)
+
+    return wrapped
+
+
 def answer_token(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
     """The id of an answer that is one token. Raises ValueError where it is not."""
     ids = tokenizer.encode(word, add_special_tokens=False)
@@ -92,11 +105,12 @@ def answer_token(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
 
 def two_row_margin(states: Tensor, lengths: Tensor, weight: Tensor, yes: int, no: int, cap: float | None = None) -> Tensor:
     """logit(yes) - logit(no) (N,) after right-padded rows: states (N, L, d), their lengths (N,), output layer (V, d).
-    With a `cap`, logits are cap tanh(logit / cap), as Gemma 2 has them."""
-    last = states[torch.arange(len(states), device=states.device), lengths - 1]
-    if cap is None:
-        return last.float() @ (weight[yes].float() - weight[no].float())
-    return (cap * torch.tanh(last.float() @ weight[[yes, no]].float().T / cap)) @ last.new_tensor([1.0, -1.0]).float()
+    With a `cap`, logits are cap tanh(logit / cap), as Gemma 2 has them. In float32 under autocast too."""
+    with torch.autocast(states.device.type, enabled=False):  # a product in half precision would make 60.75 of a margin of 60.36
+        last = states[torch.arange(len(states), device=states.device), lengths - 1].float()
+        if cap is None:
+            return last @ (weight[yes].float() - weight[no].float())
+        return (cap * torch.tanh(last @ weight[[yes, no]].float().T / cap)) @ last.new_tensor([1.0, -1.0])
 
 
 def check_context(config, tokens: int, name: str) -> None:
@@ -286,6 +300,7 @@ class QwenVL(Judge):
         limits = self.setting("size")
         return fitting_size(*picture.shape[-2:], self.setting("patch_size") * self.setting("merge_size"), limits["shortest_edge"], limits["longest_edge"])
 
+    @exact
     def prepare(self, picture):
         """Patches (n, 3 * frames * patch^2), grouped by the squares that are merged; the picture stands in every frame."""
         height, width = self.size(picture)
@@ -331,6 +346,7 @@ class LlavaOnevision(Judge):
     def plain(self, question, count):
         return f"<|im_start|>user {self.image_token * count}\n{question}<|im_end|><|im_start|>assistant\n"
 
+    @exact
     def prepare(self, picture):
         """The picture in a square of the mean color, resized (3, S, S)."""
         height, width = picture.shape[-2:]
@@ -360,6 +376,7 @@ class LlavaOnevision(Judge):
 class InternVL(Judge):
     image_token, before, after, system = "<IMG_CONTEXT>", "<img>", "</img>\n", ""
 
+    @exact
     def prepare(self, picture):
         size = self.setting("size")
         return self.normalize(resize(picture, size["height"], size["width"]))
@@ -394,6 +411,7 @@ class SmolVLM(Judge):
     def shown(self, picture):
         return f"{self.around}{self.whole}{super().shown(picture)}{self.around}"
 
+    @exact
     def prepare(self, picture):
         """Both resizes of the processor as one linear map per side: to the longest edge with even sides, then to the square tile."""
         height, width = picture.shape[-2:]
@@ -515,6 +533,6 @@ def load_judge(folder: str | os.PathLike, book: Book | None = None, answers: tup
     check_context(config, FAMILIES[name].least_tokens(config, settings), str(folder))
     try:
         model = getattr(transformers, name).from_pretrained(str(folder), trust_remote_code=False, **kwargs)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise FileNotFoundError(f"{folder} has a config but not all of its weights; download it again ({str(error).splitlines()[0]})") from error
     return FAMILIES[name](model, tokenizer, settings, book, answers, checkpointing)

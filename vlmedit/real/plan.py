@@ -1,4 +1,5 @@
 """What a run with these settings would hold and compute, per role, before anything is loaded: `vlmedit train npedit --config F --dry-run`.
+The copy warm-up (`CopyConfig`) is counted as it runs: the student and the autoencoder alone. The encoded prompts' place on disk is counted too.
 
 Every model is built from its config.json on the meta device, where weights have shapes and no data, and called once with shapes alone
 (`vlmedit.real.budget`). Where a model's file cannot be reached, its published configuration stands in if this package knows it. Parts
@@ -11,6 +12,7 @@ and the text encoder, which is gone before training. Units: bytes, GB are 1e9; F
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -20,17 +22,19 @@ import diffusers
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vlmedit.models.codec import AutoencoderCodec
 from vlmedit.pictures import InputError
 from vlmedit.real import budget, judges
 from vlmedit.real.backbones import Channels, backbone_of, family_of
 from vlmedit.real.budget import GB, Call
+from vlmedit.real.feed import book_of, read_manifest
 from vlmedit.real.hub import reachable
 from vlmedit.real.judges import recompute
-from vlmedit.real.loading import read_json
+from vlmedit.real.loading import frozen_dtype, read_json
 from vlmedit.real.roles import lora_targets
-from vlmedit.real.settings import RealConfig
+from vlmedit.real.settings import CopyConfig, RealConfig
 from vlmedit.real.text import Text, TextBank
 from vlmedit.real.train import PRESENT, prepared
 
@@ -38,7 +42,10 @@ PUBLISHED = {  # class defaults and configurations of budget.py, for ids whose f
     "Tongyi-MAI/Z-Image": budget.z_image, "Tongyi-MAI/Z-Image-Turbo": budget.z_image, "black-forest-labs/FLUX.1-Kontext-dev": budget.flux_kontext,
     "Qwen/Qwen-Image-Edit": budget.qwen_image_edit, "OpenGVLab/InternVL3-14B-hf": budget.internvl3_14b,
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": budget.llava_onevision_7b, "Qwen/Qwen2.5-VL-7B-Instruct": budget.qwen2_5_vl_7b,
+    "black-forest-labs/FLUX.2-klein-base-4B": budget.flux2_klein, "black-forest-labs/FLUX.2-klein-4B": budget.flux2_klein,
+    "Qwen/Qwen3-VL-8B-Instruct": budget.qwen3_vl_8b,
 }  # fmt: skip
+CODECS = {place: (budget.flux2_autoencoder, "FLUX.2's autoencoder") for place, build in PUBLISHED.items() if build is budget.flux2_klein}  # the others: FLUX.1's
 WORDS = 128  # tokens of a prompt and of a question's words
 MOMENTS = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2}  # bytes per parameter
 
@@ -92,7 +99,8 @@ def meta_codec(place: str) -> tuple[AutoencoderCodec, str]:
     if config is None:  # the known ones share FLUX's autoencoder, except Qwen's
         if place not in PUBLISHED:
             raise InputError(f"backbone: {place} has no vae/config.json; give the folder or the id of a diffusers pipeline")
-        return AutoencoderCodec(budget.autoencoder()), "FLUX.1's autoencoder"
+        build, note = CODECS.get(place, (budget.autoencoder, "FLUX.1's autoencoder"))
+        return AutoencoderCodec(build()), note
     return AutoencoderCodec(budget._meta(lambda: getattr(diffusers, config["_class_name"]).from_config(config))), ""
 
 
@@ -142,6 +150,14 @@ def decoder_call(codec: AutoencoderCodec, latent: tuple[int, int]) -> Call:
     return budget.count(autoencoder, lambda: codec.decode(latents), switch if autoencoder._supports_gradient_checkpointing else None)
 
 
+@lru_cache(maxsize=8)
+def encoder_flops(codec: AutoencoderCodec, size: tuple[int, int]) -> float:
+    """One picture encoded, without a graph."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        codec.encode(shapes(1, 3, *size))
+    return counter.get_total_flops()
+
+
 def estimated(model: nn.Module, tokens: int, width: int, layers: int) -> Call:
     """2 FLOPs per weight and token; 16 activations of a layer's width per token, one with recomputation."""
     return Call(2.0 * budget.parameters(model) * tokens, 2 * 16 * tokens * width * layers, 2 * tokens * width * layers)
@@ -159,8 +175,9 @@ def judge_calls(model: nn.Module, place: str, picture: tuple[int, int]) -> tuple
         judge.settings = judges.preprocessor_settings(place)
     except (OSError, FileNotFoundError):
         side = getattr(model.config.vision_config, "image_size", 448)
-        side = side if isinstance(side, int) else side[0]
-        judge.settings = {"size": {"height": side, "width": side, "shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}, "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+        patch = getattr(model.config.vision_config, "patch_size", 14)
+        side, patch = (v if isinstance(v, int) else v[0] for v in (side, patch))
+        judge.settings = {"size": {"height": side, "width": side, "shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}, "patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
     with torch.device("meta"):
         judge.mean, judge.std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
     shown = torch.empty(3, picture[1], picture[0], device="meta", requires_grad=True)
@@ -192,6 +209,30 @@ def judge_calls(model: nn.Module, place: str, picture: tuple[int, int]) -> tuple
     return vision, words, notes
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """The cache of encoded prompts on disk."""
+
+    count: int
+    tokens: int  # of each
+    bytes: int
+    assumed: bool  # `tokens` is, where prompts keep their own lengths
+
+
+def prompts_of(config: RealConfig, transformer: nn.Module) -> Prompts | None:
+    """How many prompts the manifest asks for and what their states take; None where it cannot be read."""
+    try:
+        book = book_of(read_manifest(config.data), config.negative_prompt)
+    except InputError:
+        return None
+    if isinstance(config, CopyConfig):
+        book.number("")
+    family = family_of(type(transformer).__name__)
+    tokens = min(WORDS, config.text_length) if family.masked else config.text_length
+    numbers = tokens * family.text_width(SimpleNamespace(config=transformer.config)) + (transformer.config.pooled_projection_dim if family.pooled else 0)
+    return Prompts(len(book.texts), tokens, len(book.texts) * numbers * frozen_dtype(config).itemsize, family.masked)
+
+
 @dataclass
 class Plan:
     """Budgets of all roles, and what follows from them."""
@@ -200,29 +241,37 @@ class Plan:
     processes: int
     sharded: bool
     roles: list[RoleBudget]
+    prompts: Prompts | None = None  # none where the manifest cannot be read
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What an update consists of."""
+        return ("student",) if isinstance(self.config, CopyConfig) else ("student", "teacher", "judge", "fake")
 
     def memory(self, part: str) -> float:
         """Bytes on one device while a part of the update runs: who is there, and every graph that waits."""
         c, total = self.config, 0.0
         for r in self.roles:
-            waiting = r.role in c.offload and r.role not in PRESENT[part]
+            waiting = r.role in c.offload and r.role not in PRESENT[part] and len(self.parts) > 1
             total += (r.standing - r.weights if waiting else r.standing) / (self.processes if self.sharded and r.role != "autoencoder" else 1)
         held = {"student": ("student",), "rollout": (), "teacher": ("student",), "judge": ("student", "judge", "autoencoder"), "fake": ("fake",)}[part]
         return total + sum(r.activations for r in self.roles if r.role in held)
 
     @property
     def peak(self) -> float:
-        return max(self.memory(part) for part in ("student", "teacher", "judge", "fake"))
+        return max(map(self.memory, self.parts))
 
     def table(self) -> list[dict]:
         names = ("parameters", "weights", "gradients", "moments", "average", "activations", "flops")
         return [{"role": r.role, **{n: getattr(r, n) for n in names}, "notes": "; ".join(r.notes)} for r in self.roles]
 
     def report(self) -> dict:
-        parts = {part: self.memory(part) for part in ("student", "teacher", "judge", "fake")}
+        parts = {part: self.memory(part) for part in self.parts}
+        prompts = dataclasses.asdict(self.prompts) if self.prompts else None
         return {
             "roles": self.table(), "memory_by_part": parts, "peak_bytes": self.peak, "flops_per_update": sum(r.flops for r in self.roles),
             "processes": self.processes, "sharded": self.sharded, "pictures_per_update": self.config.batch * self.config.accumulate * self.processes,
+            "prompts": prompts,
         }  # fmt: skip
 
 
@@ -238,10 +287,7 @@ def plan(config: RealConfig, processes: int | None = None, sharded: bool | None 
     width, height = max(config.sizes, key=lambda s: s[0] * s[1])
     down = codec.downscale
     with_reference = backbone_call(transformer, (height // down, width // down), True)
-    without = backbone_call(transformer, (height // down, width // down), False)
-    decoder = decoder_call(codec, (height // down, width // down))
     codec_bytes = 4 if config.codec_precision == "fp32" else 2
-    decoder = Call(decoder.flops, decoder.activations * codec_bytes // 2, decoder.recomputed * codec_bytes // 2)
     low = 2 if config.precision == "bf16" else 4
     adapters = config.roles == "adapters"
     base = budget.parameters(transformer)
@@ -253,6 +299,11 @@ def plan(config: RealConfig, processes: int | None = None, sharded: bool | None 
     calls = {"one": 1.0, "two": 2.0, "mixed": 2 - 1 / config.sampler_steps, "all": float(config.sampler_steps)}[config.calls]
     most = {"one": 1, "two": 2, "mixed": 2, "all": config.sampler_steps}[config.calls]
     pictures = config.batch
+    if isinstance(config, CopyConfig):
+        return Plan(config, processes, sharded, copy_roles(config, transformer, codec, with_reference, trained, [x for x in (note,) if x], codec_note), prompts_of(config, transformer))
+    without = backbone_call(transformer, (height // down, width // down), False)
+    decoder = decoder_call(codec, (height // down, width // down))
+    decoder = Call(decoder.flops, decoder.activations * codec_bytes // 2, decoder.recomputed * codec_bytes // 2)
     kept = lambda call, part: pictures * (call.recomputed if recomputed[part] else call.activations) * low // 2
     updates = config.fake_updates if config.dmd_weight else 0
     rollout = calls * with_reference.flops if config.fake_rollouts == "fresh" else 0.0
@@ -276,7 +327,24 @@ def plan(config: RealConfig, processes: int | None = None, sharded: bool | None 
         passes = 2 + (1 if recomputed["judge"] else 0)
         judge.flops += n * (vision.flops * (passes + 1) + words.flops * passes) if config.judge_weight else 0.0  # the reference is seen once, without a graph
         judge.notes += [x for x in (told, *notes) if x]
-    return Plan(config, processes, sharded, [*found, judge])
+    return Plan(config, processes, sharded, [*found, judge], prompts_of(config, transformer))
+
+
+def copy_roles(config: CopyConfig, transformer: nn.Module, codec: AutoencoderCodec, call: Call, trained: int, notes: list[str], codec_note: str) -> list[RoleBudget]:
+    """Who the warm-up holds: the student, with adapters their base too (and the fake score's adapter, idle), and the autoencoder, which only
+    encodes, without a graph. `call` is one forward of a picture with its reference."""
+    adapters, recomputed = config.roles == "adapters", "backbone" in config.checkpointing
+    low, codec_bytes = 2 if config.precision == "bf16" else 4, 4 if config.codec_precision == "fp32" else 2
+    n, size = config.batch * config.accumulate, budget.parameters(codec.autoencoder)
+    student = RoleBudget(
+        "student", trained, weights=4 * trained, gradients=4 * trained, moments=MOMENTS[config.optimizer] * trained, average=4 * trained if config.ema else 0,
+        activations=config.batch * (call.recomputed if recomputed else call.activations) * low // 2, flops=n * call.flops * ((2 if adapters else 3) + recomputed), notes=notes,
+    )  # fmt: skip
+    base = budget.parameters(transformer)
+    frozen = [RoleBudget("base", base, weights=low * base + 4 * trained, notes=["of the adapter, and the fake score's, idle"])] if adapters else []
+    width, height = max(config.sizes, key=lambda s: s[0] * s[1])
+    autoencoder = RoleBudget("autoencoder", size, weights=codec_bytes * size, flops=n * encoder_flops(codec, (height, width)), notes=[codec_note] if codec_note else [])
+    return [student, *frozen, autoencoder]
 
 
 def show(plan: Plan) -> None:
@@ -285,15 +353,20 @@ def show(plan: Plan) -> None:
     from rich.table import Table
 
     c = plan.config
-    table = Table(title=f"{c.backbone} with {', '.join(c.judge)}: {c.roles}, batch {c.batch} x {c.accumulate} x {plan.processes} processes{', sharded' if plan.sharded else ''}")
+    what = f"with {', '.join(c.judge)}" if len(plan.parts) > 1 else "copying its reference"
+    table = Table(title=f"{c.backbone} {what}: {c.roles}, batch {c.batch} x {c.accumulate} x {plan.processes} processes{', sharded' if plan.sharded else ''}")
     for name in ("role", "parameters", "weights", "gradients", "moments", "average", "activations", "TFLOP", "notes"):
         table.add_column(name, justify="left" if name in ("role", "notes") else "right")
     gb = lambda b: f"{b / GB:.2f} GB" if b else ""
     for r in plan.roles:
-        notes = [*r.notes, *(["waits on the CPU"] if r.role in c.offload else [])]
+        notes = [*r.notes, *(["waits on the CPU"] if r.role in c.offload and len(plan.parts) > 1 else [])]
         table.add_row(r.role, f"{r.parameters / 1e9:.3f} B", *(gb(getattr(r, k)) for k in ("weights", "gradients", "moments", "average", "activations")), f"{r.flops / 1e12:.1f}", "; ".join(notes))
     Console(width=max(140, Console().width)).print(table)
-    parts = ", ".join(f"{part} {plan.memory(part) / GB:.1f}" for part in ("student", "teacher", "judge", "fake"))
+    parts = ", ".join(f"{part} {plan.memory(part) / GB:.1f}" for part in plan.parts)
     print(f"memory per device while each part runs, GB: {parts}; peak {plan.peak / GB:.1f}")
     print(f"one update: {sum(r.flops for r in plan.roles) / 1e12:.1f} TFLOP per process; {c.steps} updates")
+    if p := plan.prompts:
+        print(f"prompts on disk: {p.count:,} x {p.tokens} tokens{' (assumed)' if p.assumed else ''}, {p.bytes / GB:.3g} GB in {c.text_cache or f'{c.out}/text'}")
+    else:
+        print(f"prompts on disk: not counted, because {c.data} cannot be read; data=MANIFEST names one")
     print("not counted: the block under recomputation, workspaces, fragmentation, the text encoder (it is gone before training)")

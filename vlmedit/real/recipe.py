@@ -46,3 +46,13 @@ MAIN_STAGE = (
     Line("precision", "precision", "bf16, FSDP2, every block recomputed", "[R]"),
     Line("machine", None, "8 x H100 or H200 by torchrun (paper: 32 x A100)", "[R] README"),
 )
+
+FIXED = (  # what is no setting of `NPEditConfig`: constants of our code, and RealConfig's own
+    Line("DMD normaliser's clamp", None, "1e-8 (here 1e-6, in vlmedit/dmd.py)", "[R] compute_distribution_matching_loss"),
+    Line("DMD times", None, "uniform 0.02-0.98, shift 1", "[R]"),
+    Line("fake score's times", None, "uniform 0-1, shift 1 (here 0.001-0.999)", "[R]"),
+    Line("unroll of several steps from update", None, "0 (class default 4,000: one step before it)", "[R] start_multistep_sampling_step"),
+    Line("sampler at inference", None, "eta 1, predictor-corrector (here the training's own re-noising)", "[R] utils_fm/sampler.py"),
+    Line("negative prompt", None, "low quality, artifacts", "[R]"),
+    Line("text dropout", None, "0; 0.1 in the warm-up", "[R]; [R] zimage_instruct_refcopy.yaml"),
+)

@@ -65,7 +65,22 @@ def shard(model: nn.Module, accelerator: Accelerator, precision: str, root: bool
         fully_shard(block, reshard_after_forward=again, **settings)
     if root:
         fully_shard(model, **settings)
-    return model.to(accelerator.device) if not root else model
+    return model if root else settle(model, accelerator.device)
+
+
+def settle(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model to a device, in place, all but its shards: `fully_shard` made them where they are to be, and those that CPUOffloadPolicy
+    keeps on the CPU must be found there."""
+    if not any(isinstance(p, DTensor) for p in model.parameters()):
+        return model.to(device)
+    moved: dict[nn.Parameter, nn.Parameter] = {}  # a weight with two names stays one
+    for part in model.modules():
+        for name, p in part._parameters.items():
+            if p is not None and not isinstance(p, DTensor):
+                part._parameters[name] = moved.setdefault(p, p if p.device == device else nn.Parameter(p.detach().to(device), p.requires_grad))
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = buffer if buffer is None else buffer.to(device)
+    return model
 
 
 def whole(x: Tensor, keep: bool = True) -> Tensor | None:

@@ -14,33 +14,38 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vlmedit import pictures
 from vlmedit.data import UnpairedBatch, rng_for, seed_torch
 from vlmedit.flow import flow_matching_loss, guide, logit_normal_time
 from vlmedit.models.pipeline import quiet
-from vlmedit.pictures import InputError
+from vlmedit.pictures import InputError, check_space, save_json
 from vlmedit.real.cache import PromptCache, pipeline_encoder
 from vlmedit.real.export import save_student
 from vlmedit.real.feed import Feed, book_of, read_manifest
-from vlmedit.real.loading import check_backbone, check_judge, frozen_dtype, load_codec, load_judges, load_roles
+from vlmedit.real.loading import check_backbone, check_judge, check_start, compile_blocks, encoder_of, frozen_dtype, load_backbone, load_codec, load_judges, load_roles
 from vlmedit.real.rehearsal import PREFIX, made
 from vlmedit.real.requests import Book
 from vlmedit.real.roles import Roles
 from vlmedit.real.settings import CopyConfig, RealConfig
-from vlmedit.real.sharding import DTensor, Whole, wanted
+from vlmedit.real.sharding import DTensor, Whole, shard, wanted
 from vlmedit.real.text import TextBank
 from vlmedit.train.config import ConfigError
 from vlmedit.train.engine import EMA, Checkpoints, Optimizer, Run, Step, average_gradients
@@ -48,6 +53,8 @@ from vlmedit.train.npedit import NPEdit
 from vlmedit.unroll import draw_times
 
 STRIP = 4  # pictures of a strip
+PATIENCE = timedelta(hours=6)  # that processes wait for each other; the default, ten minutes, is less than encoding or loading may differ by
+MODE_FILE = "student.json"  # beside a saved student: the mode it was trained in
 
 
 class Guided(nn.Module):
@@ -160,7 +167,8 @@ def make_accelerator(config: RealConfig) -> Accelerator:
             raise ConfigError(f"trackers names {name}, which is not installed (pip install {name}); installed by default: tensorboard")
     if AcceleratorState._shared_state.get("_mixed_precision", config.precision) != config.precision:
         AcceleratorState._reset_state()
-    built = Accelerator(mixed_precision=config.precision, log_with=list(config.trackers) or None, project_dir=config.out)
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    built = Accelerator(mixed_precision=config.precision, kwargs_handlers=[patience], log_with=list(config.trackers) or None, project_dir=config.out)
     started = int(os.environ.get("WORLD_SIZE", 1))
     if built.num_processes != started:
         raise ConfigError(f"{started} processes were started, accelerate counts {built.num_processes}; on a CPU use accelerate launch with vlmedit/real/configs/accelerate/two_cpu.yaml, or set ACCELERATE_USE_CPU=true")
@@ -269,25 +277,68 @@ def check(config: RealConfig, judged: bool = True) -> None:
         problems += error.problems
     if config.start and not Path(config.start).is_dir():
         problems.append(f"start is {config.start!r}, which is no folder; it is the model folder of an earlier run")
+    elif config.start and (mode := recorded_mode(Path(config.start))) not in (None, config.omni):
+        say = lambda on: str(on).lower()
+        problems.append(f"start is {config.start!r}, whose student was trained with omni={say(mode)}, and omni is {say(config.omni)}: the two modes modulate the reference differently; set omni={say(mode)}, or train the warm-up again with omni={say(config.omni)}")
+    if not problems and config.start and given(config.backbone):
+        problems += check_start(config)
     if problems:
         raise InputError(problems)
 
 
+def recorded_mode(model: Path) -> bool | None:
+    """`omni` of a saved student: from its own record, otherwise from its run's configuration; None where neither tells."""
+    for file in (model / MODE_FILE, model.parent / "config.json"):
+        if file.is_file() and isinstance(mode := json.loads(file.read_text()).get("omni"), bool):
+            return mode
+    return None
+
+
 def encoded(config: RealConfig, prompts: Book, accelerator: Accelerator) -> TextBank:
-    """The bank of all prompts: the main process encodes what the cache lacks, the others wait."""
+    """The bank of all prompts. Each process encodes its share of what the cache lacks, into a part of its own; the main process gathers the
+    parts, those of an interrupted run too. Raises `InputError` where the disk is too small for the rest."""
     dtype = frozen_dtype(config)
     folder = Path(config.text_cache or Path(config.out) / "text")
-    about = {"backbone": Path(config.backbone).name, "length": config.text_length, "dtype": str(dtype)}
-    cache = PromptCache(folder, about)
-    if accelerator.is_main_process and (todo := cache.lacking(prompts.texts)):
+    about = encoder_of(config)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    if accelerator.is_main_process:
+        gather_parts(folder, about)
+    accelerator.wait_for_everyone()
+    if todo := PromptCache(folder, about).lacking(prompts.texts):
         encode = pipeline_encoder(config.backbone, accelerator.device, dtype, config.text_length, config.trust_remote_code)
-        for done in cache.fill(prompts.texts, encode):
-            accelerator.print(f"encoded {done} of {len(todo)} prompts")
+        check_space(folder, encoded_bytes(todo, encode))
+        accelerator.wait_for_everyone()  # all have looked before one writes
+        for done in PromptCache(folder if processes == 1 else folder / f"part-{rank:03d}", about).fill(todo[rank::processes], encode):
+            accelerator.print(f"encoded {min(done * processes, len(todo))} of {len(todo)} prompts")
         del encode
         if accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
-    accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            gather_parts(folder, about)
+        accelerator.wait_for_everyone()
     return PromptCache(folder, about).bank(prompts.texts)
+
+
+def encoded_bytes(texts: list[str], encode: Callable[[list[str]], TextBank], sample: int = 8) -> int:
+    """What the states of these prompts will take on disk, from the first few in an even spread."""
+    some = texts[:: -(-len(texts) // sample)]
+    bank = encode(some)
+    return sum(x.numel() * x.element_size() for x in (*bank.states, *(bank.pooled or ()))) * len(texts) // len(some)
+
+
+def gather_parts(folder: Path, about: dict) -> None:
+    """Move the shards of every `part-*` folder into the cache, each a file of states and then, last, its .json: what is cut short is whole."""
+    for part in sorted(folder.glob("part-*")):
+        PromptCache(part, about)  # refuses another encoder's
+        save_json(about, folder / "encoder.json")
+        for lengths in sorted(part.glob("[0-9]*.json")):
+            states = lengths.with_suffix(".safetensors")
+            if states.is_file():
+                place = folder / f"{len(list(folder.glob('[0-9]*.json'))):06d}"
+                os.replace(states, place.with_suffix(".safetensors"))
+                os.replace(lengths, place.with_suffix(".json"))
+        shutil.rmtree(part)
 
 
 @contextmanager
@@ -298,12 +349,26 @@ def told() -> Iterator[None]:
             yield
     except (InputError, ConfigError):
         raise
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         raise InputError(f"{error}") from error
 
 
+def load_student(config: RealConfig, bank: TextBank, accelerator: Accelerator, sharded: bool = False) -> nn.Module:
+    """The student alone, in its place. With adapters it is an adapter of the shared base; the fake score's, a few MB, lies idle beside it."""
+    if config.roles == "adapters":
+        return load_roles(config, bank, accelerator, sharded).student
+    student = load_backbone(config, bank, torch.float32, config.start)
+    if config.compile:
+        compile_blocks(student.transformer, config)
+    if sharded:
+        shard(student.transformer, accelerator, config.precision)
+        return student
+    return student.to(accelerator.device)
+
+
 class Setup:
-    """What both stages share: rows, prompts, run, roles, codec, feed."""
+    """What both stages share: rows, prompts, run, codec, feed, and who is trained: `roles` where there is a judge, otherwise the `student`
+    alone. `blank` is the number of the empty prompt, for text dropout."""
 
     def __init__(self, config: RealConfig, accelerator: Accelerator | None = None, judged: bool = True):
         check(config, judged)
@@ -315,19 +380,21 @@ class Setup:
         self.run = run = RealRun(config, accelerator)
         self.sharded = wanted(config, run.accelerator)
         self.prompts, self.questions = book_of(rows, config.negative_prompt), Book()
+        self.blank = None if judged else self.prompts.number("")
         process = run.accelerator.process_index, run.accelerator.num_processes
         self.feed = Feed(rows, config, self.prompts, self.questions, *process, device=run.device)
         run.checkpoints.optimizers["data"] = self.feed.order  # its position is saved with the optimisers
         self.bank = encoded(config, self.prompts, run.accelerator)
         self.codec = load_codec(config, run.device)
-        self.roles = load_roles(config, self.bank, run.accelerator, self.sharded)
+        self.roles = load_roles(config, self.bank, run.accelerator, self.sharded) if judged else None
+        self.student = self.roles.student if judged else load_student(config, self.bank, run.accelerator, self.sharded)
 
     def finish(self, student: nn.Module, ema: EMA | None) -> None:
         """Write the (averaged) student to `out`/model."""
         main = self.run.accelerator.is_main_process
         state = Whole(ema, main).shadow if ema else Whole(student, main).state_dict()
         if main:
-            save_student(student, state, self.run.folder / "model")
+            save_json({"omni": self.config.omni}, save_student(student, state, self.run.folder / "model") / MODE_FILE)
         self.run.accelerator.wait_for_everyone()
 
 
@@ -407,10 +474,11 @@ def strips(run: RealRun, setup: Setup, index: int, batch: UnpairedBatch, latents
 
 
 def train_copy(config: CopyConfig, accelerator: Accelerator | None = None) -> Iterator[Step]:
-    """Yield a `Step` per update of the copy warm-up: flow matching with the reference itself as target and its own caption as prompt [R]."""
+    """Yield a `Step` per update of the copy warm-up: flow matching with the reference itself as target and its own caption as prompt,
+    in a `text_dropout` share of the rows the empty prompt (not the negative one) [R]."""
     with told():
         setup = Setup(config, accelerator, judged=False)
-    run, student, config, codec = setup.run, setup.roles.student, setup.config, setup.codec
+    run, student, config, codec = setup.run, setup.student, setup.config, setup.codec
     optimizer = RealOptimizer(student, config)
     ema = EMA(student, config.ema) if config.ema else None
     run.register("model", student, optimizer, ema)
@@ -422,7 +490,7 @@ def train_copy(config: CopyConfig, accelerator: Accelerator | None = None) -> It
                 with torch.no_grad():
                     clean = codec.encode(batch.reference)
                 dropped = torch.rand(len(clean), 1, device=clean.device) < config.text_dropout
-                text = student.encode_text(batch.reference_caption.masked_fill(dropped, 0))
+                text = student.encode_text(batch.reference_caption.masked_fill(dropped, setup.blank))
                 t = logit_normal_time(len(clean), config.time_shift, clean.device)
                 loss = flow_matching_loss(lambda x, time: student(x, time, text, clean), clean, t, torch.randn_like(clean)).mean()
             loss.backward()
