@@ -265,7 +265,8 @@ def test_a_student_s_own_judges_are_asked_about_it(make, models):
     assert asked("both judges") == [models["judge"], made("both judges", 0)] and asked("SFT", make("rl")) == [models["judge"]] == cells.judges_of(plan, [])
 
 
-def test_results_of_another_plan_are_not_overwritten(make, models, tmp_path):
+def test_results_of_another_plan_are_not_overwritten(make, models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # default folders are those of the working directory
     plan = make("objective", ("full",))
     done(plan)
     study.write_tables(plan)

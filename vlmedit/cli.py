@@ -757,7 +757,7 @@ def study(
         tier: smoke, laptop or gpu: the configuration that the arms change.
         seeds: Of the trainings: 0,1,2.
         arms: Some of the study's arms, by name; by default all.
-        updates: Student updates of every arm (of the first one, where something else is equal): 2, 300, 3000 by tier.
+        updates: Student updates of every arm (of the first one, where something else is equal): 2, 600, 3000 by tier.
         n: Held-out edits: 8, 512, 2048 by tier.
         equal: What all arms spend alike: updates, calls of the student, or CPU-seconds; a pilot of each arm tells what its updates cost.
         set: Settings for all arms as key=value (of one stage: sft.lr=1e-3); teacher, judge and student name other models.

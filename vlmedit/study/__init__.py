@@ -3,7 +3,7 @@
 A study is a dictionary of arms; an arm is one or more trainings, one after the other, and the ways its student is then used.
 Whatever an arm does not say is the tier's configuration, from the shipped warm start, teacher and judge. A cell is an arm and a seed.
 
-    plan = study.plan("objective", updates=300, seeds=(0, 1))
+    plan = study.plan("objective", seeds=(0, 1))
     for cell in study.run(plan): ...
     study.write_tables(plan)
 

@@ -23,7 +23,7 @@ from vlmedit.train.stages import STAGES
 
 RESULTS = Path("papers/results/studies")
 RUNS = Path("runs/studies")
-UPDATES = {"smoke": 2, "laptop": 300, "gpu": 3000}  # of the student, unless said
+UPDATES = {"smoke": 2, "laptop": 600, "gpu": 3000}  # of the student, unless said
 REQUESTS = {"smoke": 8, "laptop": 512, "gpu": 2048}  # held-out edits
 ROLES = {"teacher": "teacher", "judge": "judge", "student": "warm", "held_out": "second_judge"}  # what all arms share, and its shipped checkpoint
 PATHS = (*ROLES, "second", "softener", "start", "students")  # settings that name models' folders
