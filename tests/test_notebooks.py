@@ -1,8 +1,8 @@
 """The notebooks and the papers' pages: every name in them exists, and every notebook runs top to bottom, unsolved, with sane metrics."""
 
 import ast
-import importlib.util
 import importlib
+import importlib.util
 import re
 import subprocess
 import sys
