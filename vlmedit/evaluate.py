@@ -162,15 +162,15 @@ def summary(judged: Judged, *judges: JudgeModel) -> dict:
 
 def evaluate_student(
     student: DiT, judge: JudgeModel | None, n: int = 512, seed: int = 0, steps: int = 4, kinds: Sequence[str] = EDIT_TYPES, sampler: str = "renoise",
-    shift: float = 1.0, search: str | None = None, **settings,
+    shift: float = 1.0, search: str | None = None, others: Sequence[JudgeModel] = (), **settings,
 ) -> tuple[dict, Judged]:  # fmt: skip
     """Oracle metrics of a student on `n` held-out requests, types in turn, and the judged outputs; by a `search` and its settings those that
-    please the judge (see `edit_examples`)."""
+    please the judge (see `edit_examples`). What is believed is the mean of the judge and the `others`."""
     began = time.perf_counter()
     examples = held_out(n, seed, kinds)
     searched = dict(search=search, judge=judge, **settings) if search else settings
     judged = judge_by_oracle(examples, *edit_examples(student, examples, steps, seed, sampler, shift, **searched))
-    metrics = summary(judged, *([judge] if judge else []))
+    metrics = summary(judged, *([judge] if judge else []), *others)
     metrics.update(n=n, seed=seed, steps=steps, sampler=sampler, seconds=round(time.perf_counter() - began, 2))
     return metrics, judged
 

@@ -42,8 +42,8 @@ def kept(task: Task, updates: int) -> Path:
 
 
 def train(task: Task, watch: Watch | None = None, keep: Sequence[int] = ()) -> dict:
-    """Train, or take what is there. Returns what it cost, over all interruptions, what had to be repeated left out. The averaged weights after `keep` updates stay beside the
-    model; a training that was begun without keeping them is made again."""
+    """Train, or take what is there. Returns what it cost, over all interruptions, what had to be repeated left out. The averaged weights after
+    `keep` updates stay beside the model; a training that was begun without keeping them is made again."""
     out = Path(task.config.out)
     file = out / "cost.json"
     fresh = {"done": False, "kept": sorted(keep), "calls": 0, "cpu_seconds": 0.0, "seconds": 0.0, "skipped": 0}
@@ -84,13 +84,12 @@ def use(model, judges: Sequence, held_out_judge, n: int, seed: int, shift: float
     if "editor" in way:
         way, examples = {"guidance": 2.0, **way}, held_out(n, 0, EDIT_TYPES)
         judged = judge_by_oracle(examples, *training_free.edit_by_captions(model, examples, seed=seed, **way))
-        metrics, calls = {"n": n}, training_free.calls(**way)
+        metrics, calls = summary(judged, *judges) | {"n": n}, training_free.calls(**way)
     else:
-        metrics, judged = evaluate_student(model, judges[0], n, 0, shift=shift, **way)
+        metrics, judged = evaluate_student(model, judges[0], n, 0, shift=shift, others=judges[1:], **way)
         searched = {k: v for k, v in way.items() if k not in ("steps", "sampler", "search")}
         calls = SEARCHES[way["search"]].calls(way["steps"], **searched) if "search" in way else way["steps"]
     spent = time.process_time() - began
-    metrics |= summary(judged, *judges)
     believed = ask_judge(held_out_judge, judged.examples, judged.reference, judged.output).mean().item()
     return {**metrics, "held_out_gap": believed - metrics["success"], "calls_per_edit": calls, "use_cpu_seconds": spent}
 
@@ -103,23 +102,21 @@ def measure(plan: Plan, arm: Arm, tasks: Sequence[Task], seed: int) -> dict[str,
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     load = lambda kind, folder: kind.from_pretrained(folder).eval().to(device)
-    model = load(DiT, Path(tasks[-1].config.out) / "model" if tasks else plan.models["teacher"])
+    folder = Path(tasks[-1].config.out) / "model" if tasks else plan.models["teacher"]
     own = [load(JudgeModel, folder) for folder in judges_of(plan, tasks)]
     held_out = load(JudgeModel, plan.models["held_out"])
     shift = getattr(tasks[-1].config, "sampler_shift", 1.0) if tasks else 1.0
-    found, before = {}, student_updates(tasks[:-1])
-    if arm.before:
-        start = load(DiT, tasks[-1].config.student)
-        found |= {f"{way} before the last stage": use(start, own, held_out, plan.n, seed, shift, WAYS[way]) for way in arm.ways}
-    if arm.watched > 1:
-        last = {k: v.clone() for k, v in model.state_dict().items()}
+    used = lambda model, when="": {f"{way}{when}": use(model, own, held_out, plan.n, seed, shift, WAYS[way]) for way in arm.ways}
+    found = used(load(DiT, tasks[-1].config.student), " before the last stage") if arm.before else {}
+    if arm.watched == 1:
+        found |= used(load(DiT, folder))
+    else:
+        before = student_updates(tasks[:-1])
         for k in times(tasks[-1], arm.watched):
+            model = load(DiT, folder)
             model.load_state_dict(load_file(kept(tasks[-1], k)))
-            found |= {f"{way} after {before + k}": use(model, own, held_out, plan.n, seed, shift, WAYS[way]) for way in arm.ways}
-        model.load_state_dict(last)
-    end = f" after {student_updates(tasks)}" if arm.watched > 1 else ""
-    found |= {f"{way}{end}": use(model, own, held_out, plan.n, seed, shift, WAYS[way]) for way in arm.ways}
-    if arm.watched > 1:
+            found |= used(model, f" after {before + k}")
+        found |= used(load(DiT, folder), f" after {student_updates(tasks)}")
         believed = lambda key: found[key]["success"] + found[key]["held_out_gap"]
         best = {way: max((key for key in found if key.startswith(f"{way} after ")), key=believed) for way in arm.ways}
         found |= {f"{way} where the held-out judge stops it": found[key] for way, key in best.items()}
