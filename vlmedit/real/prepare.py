@@ -260,16 +260,12 @@ class Journal:
         self.head = head = json.loads(json.dumps({"settings": asdict(settings), **identity}))
         if path.exists():
             raw = path.read_bytes()
-            whole = raw[: raw.rfind(b"\n") + 1]
-            try:
-                lines = [json.loads(line) for line in whole.splitlines()]
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}: damaged ({error}); delete it to start again, or name a new folder") from None
+            lines, whole = whole_lines(path, raw, "delete it to start again, or name a new folder")
             if lines:
                 check_head(path, lines[0], head)
             self.lines = lines[1:]
-            if len(whole) < len(raw):
-                os.truncate(path, len(whole))
+            if whole < len(raw):
+                os.truncate(path, whole)
             self.file = open(path, "a", encoding="utf-8")
             if lines:
                 return
@@ -288,6 +284,15 @@ class Journal:
         lines = [w.line() for w in works]
         self._write(lines)
         self.lines += lines
+
+
+def whole_lines(path: Path, raw: bytes, remedy: str) -> tuple[list[dict], int]:
+    """The lines of a journal that were written to their end, and how many bytes they take. Raises InputError for one that is no JSON."""
+    whole = raw[: raw.rfind(b"\n") + 1]
+    try:
+        return [json.loads(line) for line in whole.splitlines()], len(whole)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: damaged ({error}); {remedy}") from None
 
 
 def check_head(path: Path, old: dict, head: dict) -> None:
@@ -316,15 +321,11 @@ class Others:
             with open(path, "rb") as file:
                 file.seek(at)
                 raw = file.read()
-            whole = raw[: raw.rfind(b"\n") + 1]
-            try:
-                lines = [json.loads(line) for line in whole.splitlines()]
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}: damaged ({error}); delete it, and its pictures are asked about again") from None
+            lines, whole = whole_lines(path, raw, "delete it, and its pictures are asked about again")
             if lines and at == 0:
                 check_head(path, lines.pop(0), self.head)
             self.lines += lines
-            self.read[path] = at + len(whole)
+            self.read[path] = at + whole
         return len(self.lines) - before
 
 
