@@ -39,9 +39,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import flop_counter
 from transformers import AutoTokenizer
+from vlmedit.kernels.inside import SWAPS, use
 
 from vlmedit.cli import read_settings, typed
-from vlmedit.kernels.inside import SWAPS, use
 from vlmedit.pictures import InputError
 from vlmedit.real import budget, loading, plan, tiny
 from vlmedit.real.backbones import family_of

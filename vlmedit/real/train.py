@@ -40,7 +40,18 @@ from vlmedit.pictures import InputError, check_space, save_json
 from vlmedit.real.cache import PromptCache, pipeline_encoder
 from vlmedit.real.export import save_student
 from vlmedit.real.feed import Feed, book_of, read_manifest
-from vlmedit.real.loading import check_backbone, check_judge, check_start, compile_blocks, encoder_of, frozen_dtype, load_backbone, load_codec, load_judges, load_roles
+from vlmedit.real.loading import (
+    check_backbone,
+    check_judge,
+    check_start,
+    compile_blocks,
+    encoder_of,
+    frozen_dtype,
+    load_backbone,
+    load_codec,
+    load_judges,
+    load_roles,
+)
 from vlmedit.real.rehearsal import PREFIX, made
 from vlmedit.real.requests import Book
 from vlmedit.real.roles import Roles
