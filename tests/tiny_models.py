@@ -25,10 +25,10 @@ def tiny_dit(seed=0, **config) -> DiT:
     return dit.eval()
 
 
-def tiny_judge(seed=0) -> JudgeModel:
+def tiny_judge(seed=0, **config) -> JudgeModel:
     torch.manual_seed(seed)
-    config = JudgeConfig(side=SIDE, width=32, conv=16, vision_layers=1, text_layers=2, heads=2, vocab_size=len(build_tokenizer()), text_length=40)
-    judge = JudgeModel(config)
+    settings = dict(side=SIDE, width=32, conv=16, vision_layers=1, text_layers=2, heads=2, vocab_size=len(build_tokenizer()), text_length=40)
+    judge = JudgeModel(JudgeConfig(**{**settings, **config}))
     nn.init.normal_(judge.embed_tokens.weight)  # so that questions differ visibly
     return judge.eval()
 

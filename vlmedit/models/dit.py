@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import math
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
 from vlmedit import flow
@@ -115,10 +117,11 @@ class Block(nn.Module):
         return x + gate_f * self.ffn(h), (k, v)
 
 
-class DiT(ModelMixin, ConfigMixin):
+class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """The velocity network. `from_pretrained` and `save_pretrained` are diffusers' own."""
 
     _supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
 
     @register_to_config
     def __init__(
@@ -211,3 +214,6 @@ class DiT(ModelMixin, ConfigMixin):
         x0 = self.head(torch.cat((wide, features.to(wide.dtype)), 1))
         v = flow.to_velocity(x, x0.to(x.dtype), t.clamp(min=MIN_TIME))
         return (v, self.ground(middle)) if with_ground else v
+
+
+diffusers.DiT = DiT  # where a saved transformer's class name is looked up

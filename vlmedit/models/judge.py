@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from vlmedit.data import GROUND_CLASSES
@@ -72,7 +73,7 @@ class ResBlock(nn.Module):
         return x + self.b(F.gelu(self.a(self.norm(x))))
 
 
-class Layer(nn.Module):
+class Layer(GradientCheckpointingLayer):
     """Pre-norm transformer layer whose tokens may also read a prefix of visual tokens."""
 
     def __init__(self, width: int, heads: int, prefix: bool):
@@ -104,6 +105,8 @@ class JudgeModel(PreTrainedModel):
     config_class = JudgeConfig
     base_model_prefix = "judge"
     main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Layer"]
 
     def __init__(self, config: JudgeConfig):
         super().__init__(config)

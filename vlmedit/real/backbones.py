@@ -10,6 +10,7 @@ Every family hides the same rectified flow behind conventions of its own:
 | ZImageTransformer2DModel       | inside                      | frame 0 of two, or omni's first image | 1 - t      | -v     |
 | SD3Transformer2DModel          | inside                      | more input channels (`widen`)       | 1000 t       | v      |
 | SanaTransformer2DModel         | inside                      | more input channels (`widen`)       | 1000 t, times its scale | v |
+| DiT (vlmedit/models/dit.py)    | inside, of pixels           | keys and values of every block      | t            | v      |
 
 Sources: the edit pipelines of diffusers; Z-Image's two frames from the released NP-Edit code, which also modulates reference tokens as
 clean data: that is `omni=True`, diffusers' own two-time mode. SD3 and Sana have no slot for a second picture; channel concatenation with
@@ -31,6 +32,7 @@ from diffusers import ConfigMixin, ModelMixin
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from vlmedit.models.dit import DiT
 from vlmedit.real.text import Text, TextBank
 
 
@@ -77,6 +79,7 @@ class Backbone(nn.Module):
     multiple = 2  # latents' height and width must be multiples of it
     masked = True  # understands prompts of unequal length
     pooled = False  # needs pooled prompts
+    pixels = False  # works on pixels, without an autoencoder
 
     def __init__(self, transformer: ModelMixin, bank: TextBank, checkpointing: bool = False):
         super().__init__()
@@ -272,6 +275,30 @@ class Sana(Channels):
         )[0]  # fmt: skip
 
 
+class Shapes(Backbone):
+    """The suite's own transformer, on pixels of one size. It has its text encoder inside, so a prompt's states are its tokens' ids (L, 1),
+    padding included, and the encoder is trained with the rest where all weights are. The reference is encoded anew in each call."""
+
+    masked, pixels = False, True
+
+    @property
+    def channels(self) -> int:
+        return self.config.channels
+
+    def text_width(self) -> int:
+        return 1
+
+    def encode_text(self, numbers: Tensor) -> Text:
+        return self.bank(numbers, self.transformer.device)
+
+    def predict(self, x, t, text, reference):
+        side = self.config.side
+        for name, z in (("x", x), ("reference", reference)):
+            if z is not None and z.shape[-2:] != (side, side):
+                raise ValueError(f"{name} is {tuple(z.shape)}; this DiT draws {side} x {side} pixels alone: buckets={side}x{side}")
+        return self.transformer(x, t, text.states[..., 0].long(), reference)
+
+
 FAMILIES: dict[str, type[Backbone]] = {
     "FluxTransformer2DModel": Flux,
     "Flux2Transformer2DModel": Flux2,
@@ -279,11 +306,12 @@ FAMILIES: dict[str, type[Backbone]] = {
     "ZImageTransformer2DModel": ZImage,
     "SD3Transformer2DModel": SD3,
     "SanaTransformer2DModel": Sana,
+    DiT.__name__: Shapes,
 }
 
 
 def family_of(name: str) -> type[Backbone]:
-    """The adapter of a diffusers class. Raises ValueError for a class without one."""
+    """The adapter of a transformer's class. Raises ValueError for a class without one."""
     if name not in FAMILIES:
         raise ValueError(f"no adapter for {name}; known: {', '.join(FAMILIES)}")
     return FAMILIES[name]

@@ -21,7 +21,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
+from vlmedit.models.dit import DiT
+from vlmedit.models.pipeline import EditPipeline
+from vlmedit.models.text import encode
 from vlmedit.pictures import InputError, save_json
 from vlmedit.real.text import TextBank, encode_prompts
 
@@ -115,9 +119,18 @@ class CachedBank(TextBank):
 WORDS_ALONE = {"QwenImageEditPipeline": "QwenImagePipeline", "QwenImageEditPlusPipeline": "QwenImagePipeline"}  # instead of one that shows the encoder pictures
 
 
+def _token_ids(place: str) -> Callable[[list[str]], TextBank]:
+    """Prompts of the suite's own pipeline: its transformer reads tokens, ids (L, 1)."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(place, subfolder="tokenizer")
+    length = DiT.load_config(place, subfolder="transformer")["text_length"]
+    return lambda texts: TextBank([ids[:, None].float() for ids in encode(list(texts), length, tokenizer)])
+
+
 def pipeline_encoder(place: str, device: torch.device, dtype: torch.dtype, length: int, trust: bool = False) -> Callable[[list[str]], TextBank]:
     """`encode_prompts` through the pipeline at `place`, loaded without transformer and autoencoder. `trust` allows a pipeline of its own as code."""
     name = diffusers.DiffusionPipeline.load_config(place)["_class_name"]
+    if name == EditPipeline.__name__:
+        return _token_ids(place)
     pipeline_class = getattr(diffusers, WORDS_ALONE.get(str(name), "DiffusionPipeline"))  # a list names a class in the folder's own code
     own = {"trust_remote_code": True} if trust else {}
     pipeline = pipeline_class.from_pretrained(place, transformer=None, vae=None, **{DTYPE: dtype}, **own).to(device)

@@ -6,7 +6,8 @@
 The sampler is diffusers' `FlowMatchEulerDiscreteScheduler` with `stochastic_sampling` and a static shift: at 4 steps it takes the times of
 the unroll and re-noises as the unroll does, so the pipeline's pictures are our sampler's. FLUX.1-Kontext and FLUX.2 klein run in diffusers'
 own pipeline classes. The other families have none that shows them the reference as it was trained; they run in `few_step_edit_pipeline.py`,
-which is copied beside the weights and imports torch and diffusers alone. `editor.json` says what the folder is, for `vlmedit edit`.
+which is copied beside the weights and imports torch and diffusers alone. `editor.json` says what the folder is, for `vlmedit edit`. The suite's own
+transformer becomes its own pipeline, which `vlmedit.load` reads without such a file.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vlmedit.models.dit import DiT
+from vlmedit.models.pipeline import EditPipeline
 from vlmedit.pictures import InputError, save_json
 from vlmedit.real.cache import DTYPE
 from vlmedit.real.roles import AdapterRole
@@ -101,6 +104,8 @@ def pipeline_class(transformer: str) -> type[diffusers.DiffusionPipeline]:
     """The class in which an exported transformer runs."""
     if transformer in PIPELINES:
         return getattr(diffusers, PIPELINES[transformer])
+    if transformer == DiT.__name__:
+        return EditPipeline
     from vlmedit.real.few_step_edit_pipeline import FewStepEditPipeline
 
     return FewStepEditPipeline
@@ -143,6 +148,9 @@ def export(run: str | Path, out: str | Path, kind: str = "full", dtype: torch.dt
     place = settings["backbone"]
     check_classes(settings)
     name = diffusers.DiffusionPipeline.load_config(place)["transformer"][1]
+    own = name == DiT.__name__
+    if own and kind == "adapter":
+        raise InputError(f"{run}: the suite's own pipeline takes no adapter; export it with --kind full")
     partial = out.with_name(f".{out.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -151,15 +159,17 @@ def export(run: str | Path, out: str | Path, kind: str = "full", dtype: torch.dt
         save_file({f"transformer.{k}": v for k, v in load_file(model / LORA_FILE).items()}, partial / LORA_FILE, {"format": "pt", **_adapter_note(model)})
         scheduler.save_pretrained(partial / "scheduler")
     else:
+        dtype = torch.float32 if own else dtype  # megabytes, and run on CPUs
         transformer = student_transformer(settings, model, dtype)
         pipeline_class(name).from_pretrained(place, transformer=transformer, scheduler=scheduler, **{DTYPE: dtype}).save_pretrained(partial)
-    if name not in PIPELINES:
+    if name not in PIPELINES and not own:
         shutil.copy(CODE, partial / CODE.name)
         if kind == "full":  # so that diffusers finds the class in the file
             index = partial / "model_index.json"
             save_json({**json.loads(index.read_text()), "_class_name": [CODE.stem, "FewStepEditPipeline"]}, index)
     (partial / "README.md").write_text(card(settings, name, kind))
-    save_json(about(settings, name, kind), partial / ABOUT)
+    if not own:
+        save_json(about(settings, name, kind), partial / ABOUT)
     if out.exists():
         out.rmdir()
     partial.rename(out)
@@ -183,6 +193,8 @@ CALLS = {
 
 def code_of(transformer: str, base: str, kind: str, steps: int, length: int) -> list[str]:
     """The card's program, in which THIS_FOLDER stands for the exported one."""
+    if transformer == DiT.__name__:
+        return ["import vlmedit", "from PIL import Image", "", 'pipe = vlmedit.load("THIS_FOLDER")', f'edited = pipe(Image.open("drawing.png"), "remove the circle", num_inference_steps={steps}).images[0]']
     stock = PIPELINES.get(transformer)
     names = sorted([stock or "DiffusionPipeline", *(["FlowMatchEulerDiscreteScheduler"] if kind == "adapter" else [])])
     place = "THIS_FOLDER" if kind == "full" else base
@@ -217,9 +229,10 @@ def card(settings: dict, transformer: str, kind: str) -> str:
 def push_to_hub(folder: str | Path, repository: str, private: bool = True) -> str:
     """Upload an exported folder to the Hub. Raises InputError without a network, without a login, or for a name that is none."""
     folder = Path(folder)
-    if not (folder / "README.md").is_file() or not (folder / ABOUT).is_file():
+    told = folder / ABOUT
+    if not (folder / "README.md").is_file() or not (told.is_file() or (folder / "model_index.json").is_file()):
         raise InputError(f"{folder}: not an exported folder (it has no README.md or no {ABOUT}); export one first")
-    if Path(base := json.loads((folder / ABOUT).read_text()).get("base", "")).is_absolute():
+    if told.is_file() and Path(base := json.loads(told.read_text()).get("base", "")).is_absolute():
         raise InputError(f"{folder}: its base is {base}, a folder that nobody else has; upload the base first and name its id in {ABOUT} and README.md")
     try:
         api = HfApi()

@@ -30,14 +30,15 @@ from torch import Tensor
 from vlmedit.data import UnpairedBatch, rng_for
 from vlmedit.pictures import BROKEN, InputError, to_rgb
 from vlmedit.real.datasets import read_items
-from vlmedit.real.requests import Book, Request, batch_of
+from vlmedit.real.requests import QUESTIONS, Book, Request, batch_of
 from vlmedit.real.shards import Place, shard_rows
+from vlmedit.world.language import TEMPLATES, UnknownInstruction
 
 SAME = {  # names of edit types in other data, as ours
     "addition": "add", "insert": "add", "insertion": "add", "removal": "remove", "delete": "remove", "recolor": "color", "colour": "color",
     "texture": "material", "stylization": "style", "stylize": "style", "adjust": "shape", "motion": "action", "replacement": "replace",
 }  # fmt: skip
-NOTHING = ("do nothing", "leave the picture as it is", "make no change", "keep everything the same")
+NOTHING = TEMPLATES["nothing"]
 SIDES = re.compile(r"\b(left|right|clockwise|east|west|text|letter|letters|word|words|sign|number)\b", re.I)  # what mirroring would make wrong
 
 
@@ -76,6 +77,18 @@ def read_manifest(path: str | Path) -> list[Row]:
     if problems:
         raise InputError([*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])])
     return rows
+
+
+def check_questions(rows: Sequence[Row], wording: str) -> None:
+    """Raise `InputError` for requests that this wording of the judge's questions has no words for."""
+    problems = []
+    for row in rows:
+        try:
+            QUESTIONS[wording](row.request)
+        except UnknownInstruction as error:
+            problems.append(f"{row.image}: questions is {wording!r}, and {error}")
+    if problems:
+        raise InputError([*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])])
 
 
 def nothing_of(request: Request, rng: random.Random) -> Request:
@@ -204,4 +217,4 @@ class Feed:
             mirror = rng.random() < self.config.flip and not SIDES.search(f"{request.instruction} {request.target_caption}")
             pictures.append(picture.flip(-1) if mirror else picture)
             requests.append(request)
-        return batch_of(requests, torch.stack(pictures), self.prompts, self.questions).to(self.device)
+        return batch_of(requests, torch.stack(pictures), self.prompts, self.questions, self.config.questions).to(self.device)

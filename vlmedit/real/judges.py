@@ -16,6 +16,7 @@ bicubic with antialiasing, as the processors do (they round to 8 bits on the way
 | InternVLForConditionalGeneration       | squeezed to a square, one tile                                       | (side / patch)^2 / 4            |
 | SmolVLM / Idefics3ForConditionalGeneration | Lanczos to the longest edge, then to a square, one tile          | (side / patch / scale)^2        |
 | PaliGemmaForConditionalGeneration      | squeezed to a square                                                 | (side / patch)^2                |
+| JudgeModel (vlmedit/models/judge.py)   | squeezed to a square; two pictures are one, patch on patch           | (side / 4)^2                    |
 
 Shapes: a picture (3, H, W) in [-1, 1]; margin (N,). Deviates: LLaVA-OneVision's single-image prompts would add high-resolution crops,
 SmolVLM's would add tiles. PaliGemma 2 checkpoints were trained on one picture per question, those tuned on NLVR2 excepted: give others
@@ -34,14 +35,15 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from vlmedit.judging import clamp_through
+from vlmedit.models.judge import JudgeModel
+from vlmedit.models.text import NO, YES, encode
 from vlmedit.real.hub import reachable
 from vlmedit.real.requests import Book
 
@@ -194,6 +196,11 @@ class Judge(nn.Module):
         """The fewest visual tokens that a picture can have, known before any weight is read."""
         raise NotImplementedError
 
+    @staticmethod
+    def settings_of(folder: str | os.PathLike, config) -> dict:
+        """Image settings of a checkpoint with this configuration."""
+        return preprocessor_settings(folder)
+
     def shown(self, picture: Tensor) -> str:
         """What stands in the prompt for a picture."""
         return self.image_token * self.tokens(picture)
@@ -237,14 +244,18 @@ class Judge(nn.Module):
         seen = f"{self.before}{self.image_token}{self.after}" * count
         return f"{self.system}<|im_start|>user\n{seen}{question}<|im_end|>\n<|im_start|>assistant\n"
 
-    def states(self, images: Sequence[Sequence[Tensor]], question: Question) -> tuple[Tensor, Tensor]:
-        """The language model's states (N, L, d) and each row's length (N,): the last one within it predicts the answer."""
-        questions = self.book.look_up(question) if isinstance(question, Tensor) else list(question)
-        if len(questions) != len(images):
-            raise ValueError(f"{len(questions)} questions about {len(images)} sets of pictures; there must be one each")
+    def questions(self, images: Sequence[Sequence[Tensor]], question: Question) -> list[str]:
+        """The questions' texts. Raises ValueError unless there is one for each set of one or two pictures."""
+        texts = self.book.look_up(question) if isinstance(question, Tensor) else list(question)
+        if len(texts) != len(images):
+            raise ValueError(f"{len(texts)} questions about {len(images)} sets of pictures; there must be one each")
         if any(not 1 <= len(row) <= 2 for row in images):
             raise ValueError(f"a question is about one or two pictures, got {[len(row) for row in images]}")
-        inputs = self.inputs(images, questions)
+        return texts
+
+    def states(self, images: Sequence[Sequence[Tensor]], question: Question) -> tuple[Tensor, Tensor]:
+        """The language model's states (N, L, d) and each row's length (N,): the last one within it predicts the answer."""
+        inputs = self.inputs(images, self.questions(images, question))
         out = self.model.model(use_cache=False, **inputs)
         return out.last_hidden_state, inputs["attention_mask"].sum(1)
 
@@ -460,6 +471,48 @@ class PaliGemma(Judge):
         return {"token_type_ids": torch.zeros_like(ids)}
 
 
+class Shapes(Judge):
+    """The suite's own judge. It fuses the two pictures of a question at its input, so a pair is encoded once, however many questions ask
+    about it, and a reference that has been seen with one output is seen anew with another."""
+
+    answers = (YES, NO)
+
+    @staticmethod
+    def settings_of(folder, config):
+        return {"size": {"height": config.side, "width": config.side}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+    prepare = InternVL.prepare
+
+    def tokens(self, picture):
+        return self.least_tokens(self.config, self.settings)
+
+    @staticmethod
+    def least_tokens(config, settings):
+        return (config.side // 4) ** 2
+
+    def states(self, images, question):
+        ids = self.read(self.questions(images, question))
+        keys = [tuple(map(id, row)) for row in images]
+        rows = dict(zip(keys, images))
+        seen = {}
+        for count in (1, 2):
+            if same := [key for key in rows if len(key) == count]:
+                pixels = torch.stack([torch.stack([self.prepare(p) for p in rows[key]]) for key in same])
+                seen |= dict(zip(same, self.model.get_image_features(pixels.to(self.model.dtype))))
+        lengths = (ids != self.config.pad_token_id).sum(1)
+        return self.model.hidden(ids[:, : int(lengths.max())], torch.stack([seen[key] for key in keys])), lengths
+
+    def read(self, questions: list[str]) -> Tensor:
+        """Ids (N, L) of questions in the world's words. Raises ValueError for others: it has been schooled on no others."""
+        ids = encode(questions, self.config.text_length, self.tokenizer)
+        if unread := [q for q, row in zip(questions, ids) if (row == self.tokenizer.unk_token_id).any()]:
+            raise ValueError(f"the judge of shapes cannot read {unread[0]!r}; it knows the questions of its world alone: questions=shapes")
+        return ids.to(self.mean.device)
+
+    def write(self, images, texts, length=128):
+        raise ValueError("the judge of shapes answers yes or no and writes nothing; name a vision-language model of transformers")
+
+
 class Ensemble(nn.Module):
     """Several judges as one: the mean of their margins. They share one book of questions."""
 
@@ -492,6 +545,7 @@ FAMILIES: dict[str, type[Judge]] = {
     "SmolVLMForConditionalGeneration": SmolVLM,
     "Idefics3ForConditionalGeneration": SmolVLM,
     "PaliGemmaForConditionalGeneration": PaliGemma,
+    JudgeModel.__name__: Shapes,
 }
 
 
@@ -527,12 +581,12 @@ def load_judge(folder: str | os.PathLike, book: Book | None = None, answers: tup
     name = (config.architectures or ["a model without architectures"])[0]
     if name not in FAMILIES:
         raise ValueError(f"no adapter for {name}; known: {', '.join(FAMILIES)}")
-    settings = preprocessor_settings(folder)
+    settings = FAMILIES[name].settings_of(folder, config)
     for word in answers or FAMILIES[name].answers:
         answer_token(tokenizer, word)
     check_context(config, FAMILIES[name].least_tokens(config, settings), str(folder))
     try:
-        model = getattr(transformers, name).from_pretrained(str(folder), trust_remote_code=False, **kwargs)
+        model = AutoModelForImageTextToText.from_pretrained(str(folder), trust_remote_code=False, **kwargs)
     except (OSError, SafetensorError) as error:
         raise FileNotFoundError(f"{folder} has a config but not all of its weights; download it again ({str(error).splitlines()[0]})") from error
     return FAMILIES[name](model, tokenizer, settings, book, answers, checkpointing)

@@ -23,14 +23,14 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
 from vlmedit.data import seed_torch
-from vlmedit.models.codec import AutoencoderCodec
+from vlmedit.models.codec import AutoencoderCodec, PixelCodec
 from vlmedit.pictures import InputError
 from vlmedit.real import judges
 from vlmedit.real.backbones import Backbone, Channels, ZImage, backbone_of, family_of, load_transformer, widen
 from vlmedit.real.cache import DTYPE, WORDS_ALONE
 from vlmedit.real.export import LORA_FILE
 from vlmedit.real.hub import reachable
-from vlmedit.real.judges import Ensemble, Judge, answer_token, check_context, load_judge, preprocessor_settings
+from vlmedit.real.judges import Ensemble, Judge, answer_token, check_context, load_judge
 from vlmedit.real.requests import Book
 from vlmedit.real.roles import Roles, adapter_roles, lora_targets
 from vlmedit.real.sharding import blocks, settle, shard
@@ -114,10 +114,13 @@ def lacking_parts(place: str, index: dict) -> list[str]:
     return problems
 
 
+OURS = ("None", "diffusers", "transformers", "vlmedit")  # whose classes are no foreign code
+
+
 def own_code(place: str) -> dict[str, tuple[str, str]]:
     """Module and class of each part of a pipeline (and of "pipeline" itself) that comes with it as code."""
     index = read_json(place, "model_index.json") or {}
-    found = {name: tuple(v) for name, v in index.items() if not name.startswith("_") and isinstance(v, list) and v[0] not in (None, "diffusers", "transformers")}
+    found = {name: tuple(v) for name, v in index.items() if not name.startswith("_") and isinstance(v, list) and str(v[0]).split(".")[0] not in OURS}
     for part in ("transformer", "vae"):
         if reference := (read_json(place, f"{part}/config.json") or {}).get("auto_map", {}).get("AutoModel"):
             found[part] = tuple(reference.rsplit(".", 1))
@@ -149,11 +152,12 @@ def _check_backbone(place: str, encoder: bool, trust: bool) -> list[str]:
     problems = []
     if (own := own_code(place)) and not trust:
         problems.append(f"backbone: {place} brings code of its own ({', '.join(own)}), which is not run; use a checkpoint whose classes diffusers has, or read it and set trust_remote_code=true")
+    parts = ("transformer", "vae")
     try:
-        family_of(config.get("_class_name", "a model without a class name"))
+        parts = parts[:1] if family_of(config.get("_class_name", "a model without a class name")).pixels else parts
     except ValueError as error:
         problems.append(f"backbone: {place}: {error}")
-    for part in ("transformer", "vae"):
+    for part in parts:
         problems += [f"backbone: {p}" for p in complete(place, part)]
     if encoder:
         index = read_json(place, "model_index.json")
@@ -163,8 +167,8 @@ def _check_backbone(place: str, encoder: bool, trust: bool) -> list[str]:
     return problems
 
 
-def check_judge(place: str) -> list[str]:
-    """What is wrong with a judge's folder, by its small files alone."""
+def check_judge(place: str, questions: str | None = None) -> list[str]:
+    """What is wrong with a judge's folder, by its small files alone, and whether it can read these `questions`, if they are told."""
     try:
         config = read_json(place, "config.json")
     except InputError as error:
@@ -178,13 +182,15 @@ def check_judge(place: str) -> list[str]:
             return [f"judge: {place} is {name}, code of its own, which is not run; use the checkpoint whose class transformers has (of InternVL the one ending with -hf); known: {known}"]
         return [f"judge: {place}: no adapter for {name}; known: {known}"]
     problems, family, here = [f"judge: {p}" for p in complete(place)], judges.FAMILIES[name], not reachable()
+    if family is judges.Shapes and questions not in (None, "shapes"):
+        problems.append(f"judge: {place} is the judge of shapes, and questions is {questions!r}; it reads its own world's alone: questions=shapes")
     try:
-        settings = preprocessor_settings(place)
+        whole = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=here)
+        settings = family.settings_of(place, whole)
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=here)
         ids = [answer_token(tokenizer, word) for word in family.answers]
         if len(set(ids)) == 1:
             raise ValueError(f"{place} writes both answers {family.answers} as token {ids[0]}; take another judge")
-        whole = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=here)
         check_context(whole, family.least_tokens(whole, settings), place)
     except (KeyError, TypeError) as error:
         problems.append(f"judge: {place}: its preprocessor settings lack {error}; copy preprocessor_config.json from the checkpoint")
@@ -257,7 +263,10 @@ class ExactCodec(AutoencoderCodec):
         return self._exact(super().decode, latents)
 
 
-def load_codec(config, device: torch.device) -> ExactCodec:
+def load_codec(config, device: torch.device) -> ExactCodec | PixelCodec:
+    """The backbone's autoencoder; none for a family that works on pixels."""
+    if family_of(read_json(config.backbone, "transformer/config.json")["_class_name"]).pixels:
+        return PixelCodec()
     dtype = torch.bfloat16 if config.codec_precision == "bf16" else torch.float32
     autoencoder = load_part(config, "vae", dtype)
     recompute = "codec" in config.checkpointing and autoencoder._supports_gradient_checkpointing

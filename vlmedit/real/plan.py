@@ -20,11 +20,12 @@ from types import SimpleNamespace
 
 import diffusers
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-from vlmedit.models.codec import AutoencoderCodec
+from vlmedit.models.codec import AutoencoderCodec, PixelCodec
+from vlmedit.models.judge import JudgeModel
 from vlmedit.pictures import InputError
 from vlmedit.real import budget, judges
 from vlmedit.real.backbones import Channels, backbone_of, family_of
@@ -91,7 +92,9 @@ def meta_transformer(place: str) -> tuple[nn.Module, str]:
 
 
 @lru_cache(maxsize=8)
-def meta_codec(place: str) -> tuple[AutoencoderCodec, str]:
+def meta_codec(place: str) -> tuple[AutoencoderCodec | PixelCodec, str]:
+    if family_of(type(meta_transformer(place)[0]).__name__).pixels:
+        return PixelCodec(), "none: it works on pixels"
     try:
         config = read_json(place, "vae/config.json")
     except InputError:
@@ -112,9 +115,8 @@ def meta_judge(place: str) -> tuple[nn.Module, str]:
         return _known(place, error, "judge")
     if config is None:
         return _known(place, None, "judge")
-    name = (config.get("architectures") or [""])[0]
-    full = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=not reachable())
-    return budget._meta(lambda: getattr(transformers, name)(full)), ""
+    full = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=not reachable())
+    return budget._meta(lambda: AutoModelForImageTextToText.from_config(full)), ""
 
 
 def shapes(*size: int) -> Tensor:
@@ -135,7 +137,8 @@ def backbone_call(transformer: nn.Module, latent: tuple[int, int], reference: bo
     width = family.text_width(SimpleNamespace(config=transformer.config))
     pooled = transformer.config.pooled_projection_dim if family.pooled else None
     backbone = backbone_of(transformer, TextBank([torch.zeros(1, width)], [torch.zeros(pooled)] if pooled else None))
-    text = _Words(shapes(1, WORDS, width), torch.ones(1, WORDS, dtype=torch.bool, device="meta"), shapes(1, pooled) if pooled else None)
+    words = transformer.config.get("text_length", WORDS)  # the suite's own counts positions
+    text = _Words(shapes(1, words, width), torch.ones(1, words, dtype=torch.bool, device="meta"), shapes(1, pooled) if pooled else None)
     x = shapes(1, backbone.channels, *latent)
     known = shapes(1, backbone.channels, *latent) if reference else None
     switch = lambda on: transformer.enable_gradient_checkpointing() if on else transformer.disable_gradient_checkpointing()
@@ -145,6 +148,8 @@ def backbone_call(transformer: nn.Module, latent: tuple[int, int], reference: bo
 @lru_cache(maxsize=8)
 def decoder_call(codec: AutoencoderCodec, latent: tuple[int, int]) -> Call:
     """One picture decoded, for its gradient with respect to the latents."""
+    if isinstance(codec, PixelCodec):
+        return Call(0.0, 0, 0)
     latents, autoencoder = shapes(1, codec.channels, *latent).requires_grad_(), codec.autoencoder
     switch = lambda on: autoencoder.enable_gradient_checkpointing() if on else autoencoder.disable_gradient_checkpointing()
     return budget.count(autoencoder, lambda: codec.decode(latents), switch if autoencoder._supports_gradient_checkpointing else None)
@@ -171,6 +176,8 @@ def judge_calls(model: nn.Module, place: str, picture: tuple[int, int]) -> tuple
     judge = family.__new__(family)
     nn.Module.__init__(judge)
     judge.config, judge.model = model.config, model
+    if family is judges.Shapes:
+        return *shape_judge_calls(model), notes
     try:
         judge.settings = judges.preprocessor_settings(place)
     except (OSError, FileNotFoundError):
@@ -207,6 +214,21 @@ def judge_calls(model: nn.Module, place: str, picture: tuple[int, int]) -> tuple
         config = language.config
         words, _ = estimated(language, 2 * length, config.hidden_size, config.num_hidden_layers), notes.append("language model estimated")
     return vision, words, notes
+
+
+def shape_judge_calls(model: JudgeModel) -> tuple[Call, Call]:
+    """The same of the suite's own judge: a pair through its vision layers, two questions through its text layers."""
+    model.requires_grad_(False)
+    side, length = model.config.side, model.config.text_length
+
+    def switch(on: bool):
+        model.train(on)
+        recompute(model, on)
+
+    pair = shapes(1, 2, 3, side, side).requires_grad_()
+    seen = shapes(2, (side // 4) ** 2, model.config.width).requires_grad_()
+    ids = torch.zeros(2, length, dtype=torch.long, device="meta")
+    return budget.count(model, lambda: model.get_image_features(pair), switch), budget.count(model, lambda: model.hidden(ids, seen), switch)
 
 
 @dataclass(frozen=True)
@@ -314,7 +336,7 @@ def plan(config: RealConfig, processes: int | None = None, sharded: bool | None 
         role("student", trained, weights=4 * trained, gradients=4 * trained, moments=moments, average=4 * trained if config.ema else 0, activations=most * kept(with_reference, "backbone"), flops=n * calls * with_reference.flops * (learns + again), notes=[note] if note else []),
         role("fake", trained, weights=4 * trained, gradients=4 * trained, moments=moments, activations=kept(without, "backbone"), flops=n * (updates * (rollout + without.flops * (learns + again)) + (without.flops if config.dmd_weight else 0))),
         role("teacher", base, weights=low * base, flops=n * guided * without.flops if config.dmd_weight else 0.0, notes=["the base of both adapters"] if adapters else []),
-        role("autoencoder", budget.parameters(codec.autoencoder), weights=codec_bytes * budget.parameters(codec.autoencoder), activations=pictures * (decoder.recomputed if recomputed["codec"] else decoder.activations), flops=n * decoder.flops * (2 + (1 if recomputed["codec"] else 0)) if config.judge_weight else 0.0, notes=[codec_note] if codec_note else []),
+        role("autoencoder", budget.parameters(codec), weights=codec_bytes * budget.parameters(codec), activations=pictures * (decoder.recomputed if recomputed["codec"] else decoder.activations), flops=n * decoder.flops * (2 + (1 if recomputed["codec"] else 0)) if config.judge_weight else 0.0, notes=[codec_note] if codec_note else []),
     ]  # fmt: skip
     judge = role("judge", 0)
     for place in config.judge:
@@ -335,7 +357,7 @@ def copy_roles(config: CopyConfig, transformer: nn.Module, codec: AutoencoderCod
     encodes, without a graph. `call` is one forward of a picture with its reference."""
     adapters, recomputed = config.roles == "adapters", "backbone" in config.checkpointing
     low, codec_bytes = 2 if config.precision == "bf16" else 4, 4 if config.codec_precision == "fp32" else 2
-    n, size = config.batch * config.accumulate, budget.parameters(codec.autoencoder)
+    n, size = config.batch * config.accumulate, budget.parameters(codec)
     student = RoleBudget(
         "student", trained, weights=4 * trained, gradients=4 * trained, moments=MOMENTS[config.optimizer] * trained, average=4 * trained if config.ema else 0,
         activations=config.batch * (call.recomputed if recomputed else call.activations) * low // 2, flops=n * call.flops * ((2 if adapters else 3) + recomputed), notes=notes,

@@ -2,6 +2,10 @@
 
     backbone: tiny:z-image    judge: tiny:internvl    data: tiny:shapes
 
+or the suite's own trained models, so that the trainer of real models can be seen to teach:
+
+    backbone: tiny:shapes     judge: tiny:shapes      data: tiny:squares     start: tiny:shapes (the warm-up's student)
+
 The pipeline is the family's own, text encoder and tokenizer included, so that nothing of a real run is left out but size. The data are
 drawn scenes in several aspect ratios with requests in plain words. `vlmedit train npedit --config tiny` runs it on a CPU.
 """
@@ -15,7 +19,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vlmedit.data import EDIT_SHARES, rng_for, sample_example
+from vlmedit.data import EDIT_SHARES, SETTLED_TYPES, references, rng_for, sample_example, settle
+from vlmedit.models.pipeline import assemble, checkpoint
 from vlmedit.pictures import InputError
 from vlmedit.real import tiny
 from vlmedit.real.requests import from_example
@@ -23,7 +28,8 @@ from vlmedit.world.render import render
 
 PREFIX = "tiny:"
 KINDS = {"recolor": "color", "texture": "material", "move": "action", "nothing": "other"}  # edits of drawn scenes under real data's names
-ROWS = 12
+ROWS, SQUARES = 12, 2000
+SETTLED = 0.2  # of the squares: requests that are fulfilled already [NPEditConfig.settled]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -148,14 +154,20 @@ def _chatting():
     return tokenizer
 
 
+def save_shapes(folder: Path) -> Path:
+    """The suite's own pipeline: its trained teacher and its tokenizer."""
+    assemble(checkpoint("shapes", "teacher"), None).save_pretrained(folder)
+    return folder
+
+
 PIPELINES = {
     "z-image": save_z_image, "flux": save_flux_kontext, "flux2": save_flux2_klein, "qwen-image": save_qwen_image_edit, "sd3": save_sd3, "sana": save_sana,
+    "shapes": save_shapes,
 }  # fmt: skip
 
 
 def save_data(folder: Path, rows: int = ROWS, seed: int = 0) -> Path:
     """A manifest of drawn scenes, some of them wide or tall."""
-    folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for i in range(rows):
         example = sample_example(rng_for("tiny", seed, i), EDIT_SHARES)
@@ -169,14 +181,35 @@ def save_data(folder: Path, rows: int = ROWS, seed: int = 0) -> Path:
     return folder / "train.jsonl"
 
 
+def save_squares(folder: Path, rows: int = SQUARES, seed: int = 0) -> Path:
+    """A manifest of the requests that the miniature trains on, their pictures as it draws them: 32 x 32, some through JPEG."""
+    rng = rng_for("squares", seed)
+    examples = [sample_example(rng, EDIT_SHARES) for _ in range(rows)]
+    examples = [settle(e, rng) if e.edit.type in SETTLED_TYPES and rng.random() < SETTLED else e for e in examples]
+    lines = []
+    for i, (example, picture) in enumerate(zip(examples, references(examples, 32, rng))):
+        request = from_example(example)
+        Image.fromarray(((picture.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()).save(folder / f"{i:05d}.png")
+        words = dict(type=request.type, object=request.thing, target_caption=request.target_caption, caption=request.reference_caption)
+        lines.append(json.dumps({"image": f"{i:05d}.png", "instruction": request.instruction, **words}))
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "train.jsonl"
+
+
+DATA = {"shapes": save_data, "squares": save_squares}
+OWN = {"judge": "judge", "start": "warm"}  # shipped checkpoints that are complete as they are
+
+
 def made(place: str, folder: Path, what: str) -> str:
-    """The place itself; of "tiny:NAME" a folder below `folder`, made unless it is there. `what`: backbone, judge or data."""
+    """The place itself; of "tiny:NAME" a folder below `folder`, made unless it is there. `what`: backbone, judge, data or start."""
     if not place.startswith(PREFIX):
         return place
     name = place.removeprefix(PREFIX)
-    known = {"backbone": (*PIPELINES, *tiny.BACKBONES), "judge": tuple(tiny.JUDGES), "data": ("shapes",)}[what]
+    known = {"backbone": (*PIPELINES, *tiny.BACKBONES), "judge": (*tiny.JUDGES, "shapes"), "data": tuple(DATA), "start": ("shapes",)}[what]
     if name not in known:
         raise InputError(f"{what} is {place!r}; tiny ones: {', '.join(dict.fromkeys(known))}")
+    if what in OWN and name == "shapes":
+        return str(checkpoint("shapes", OWN[what]))
     target = Path(folder) / what / name
     result = target / "train.jsonl" if what == "data" else target
     if not target.is_dir():
@@ -184,7 +217,7 @@ def made(place: str, folder: Path, what: str) -> str:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         if what == "data":
-            save_data(partial)
+            DATA[name](partial)
         elif what == "judge":
             tiny.save_judge(name, partial)
         elif name in PIPELINES:

@@ -5,20 +5,22 @@ carries row numbers. Row 0 of a `Book` is the prompt of the unconditional score 
 all-padding caption, so `vlmedit.dmd` guides real models unchanged.
 
 Questions: the released templates in our words, one pair for removals and one for everything else
-[npedit critic_models/prompts.py]. Shapes: pictures (B, 3, H, W) in [-1, 1]; numbers (B, 1).
+[npedit critic_models/prompts.py]; the judge of the world of shapes has been schooled on its own (`QUESTIONS`).
+Shapes: pictures (B, 3, H, W) in [-1, 1]; numbers (B, 1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from vlmedit.data import Example, UnpairedBatch, rng_for
+from vlmedit.data import Example, UnpairedBatch
 from vlmedit.world.edits import apply_edit
-from vlmedit.world.language import caption, edit_question
+from vlmedit.world.language import caption, edit_question, identity_question, normalise, parse_instruction
 
 ROLE = "You are a professional digital artist and an expert image editor."
 EDIT = (
@@ -51,10 +53,21 @@ class Request:
         return f"{ROLE} {EDIT.format(instruction=self.instruction)}", True, True, f"{ROLE} {IDENTITY.format(instruction=self.instruction)}"
 
 
+def shape_questions(request: Request) -> tuple[str, bool, bool, str]:
+    """As `Request.questions`, in the world's own words. Raises UnknownInstruction for an instruction that is not of its grammar."""
+    text = normalise(request.instruction)
+    edit = parse_instruction(text)
+    asked = edit_question(edit, text)
+    return asked.text, asked.answer, asked.pair, identity_question(edit, text).text
+
+
+QUESTIONS: dict[str, Callable[[Request], tuple[str, bool, bool, str]]] = {"released": Request.questions, "shapes": shape_questions}
+
+
 def from_example(example: Example) -> Request:
     """A request of the world of shapes in plain words."""
     edit = example.edit
-    after = apply_edit(example.scene, edit, rng_for("caption", example.instruction))
+    after = apply_edit(example.scene, edit, random.Random(0))
     thing = f"a {edit.shape}" if not edit_question(edit, example.instruction).pair else None
     return Request(example.instruction, caption(example.scene), caption(after), edit.type, thing)
 
@@ -85,11 +98,11 @@ class Book:
         return [self.texts[i] for i in ids.flatten().tolist()]
 
 
-def batch_of(requests: Sequence[Request], reference: Tensor, prompts: Book, questions: Book) -> UnpairedBatch:
-    """These requests of these pictures. `prompts` grows by instructions and captions, `questions` by the judge's."""
+def batch_of(requests: Sequence[Request], reference: Tensor, prompts: Book, questions: Book, wording: str = "released") -> UnpairedBatch:
+    """These requests of these pictures. `prompts` grows by instructions and captions, `questions` by the judge's in a `wording` of `QUESTIONS`."""
     if len(requests) != len(reference):
         raise ValueError(f"{len(requests)} requests of {len(reference)} pictures; there must be one picture each")
-    asked = [r.questions() for r in requests]
+    asked = [QUESTIONS[wording](r) for r in requests]
     truth = lambda values: torch.tensor([float(v) for v in values], device=reference.device)
     return UnpairedBatch(
         reference=reference,

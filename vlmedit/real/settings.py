@@ -12,6 +12,7 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlmedit.real.requests import QUESTIONS
 from vlmedit.train.config import ConfigError, NPEditConfig, TrainConfig
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -81,6 +82,7 @@ class RealConfig(TrainConfig):
     gradient_calls: int | None = None  # all [R]
     identity: bool = True  # [R]
     answer_loss: str = "two_logits"  # [R]
+    questions: str = "released"  # the judge's, as the recipe words them; "shapes": in the words of the world of shapes, for its own judge
     gain_steps: int = 2000  # [R]
     target_caption: bool = True  # [R]
     # machine
@@ -98,7 +100,7 @@ class RealConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         self.npedit()  # its checks hold here too
-        self.check_choices(roles=ROLES, optimizer=OPTIMIZERS, sharding=SHARDING, matching=MATCHING, codec_precision=("fp32", "bf16"))
+        self.check_choices(roles=ROLES, optimizer=OPTIMIZERS, sharding=SHARDING, matching=MATCHING, questions=QUESTIONS, codec_precision=("fp32", "bf16"))
         for name, allowed in dict(checkpointing=CHECKPOINTED, offload=OFFLOADED, trackers=TRACKERS).items():
             if wrong := [v for v in getattr(self, name) if v not in allowed]:
                 raise ConfigError(f"{name} names {', '.join(map(repr, wrong))}; known: {', '.join(allowed)}")

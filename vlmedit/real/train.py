@@ -39,7 +39,7 @@ from vlmedit.models.pipeline import quiet
 from vlmedit.pictures import InputError, check_space, save_json
 from vlmedit.real.cache import PromptCache, pipeline_encoder
 from vlmedit.real.export import save_student
-from vlmedit.real.feed import Feed, book_of, read_manifest
+from vlmedit.real.feed import Feed, book_of, check_questions, read_manifest
 from vlmedit.real.loading import (
     check_backbone,
     check_judge,
@@ -69,15 +69,16 @@ MODE_FILE = "student.json"  # beside a saved student: the mode it was trained in
 
 
 class Guided(nn.Module):
-    """The teacher under classifier-free guidance, each row with a scale of its own, set before the call."""
+    """The teacher under classifier-free guidance, each row with a scale of its own, set before the call. `always`: the unconditional score
+    is asked even of a batch whose scales are all 1, because processes that share weights must call them equally often."""
 
-    def __init__(self, teacher: nn.Module):
+    def __init__(self, teacher: nn.Module, always: bool = False):
         super().__init__()
-        self.teacher, self.scale = teacher, torch.ones(1)
+        self.teacher, self.always, self.scale = teacher, always, torch.ones(1)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         v = self.teacher(x, t, text)
-        if bool((self.scale == 1).all()):
+        if not self.always and bool((self.scale == 1).all()):
             return v
         return guide(v, self.teacher(x, t, torch.zeros_like(text)), self.scale.to(x).view(-1, 1, 1, 1))
 
@@ -117,7 +118,8 @@ class RealEdit(NPEdit):
     """`NPEdit` with guidance by edit type and roles that wait on the CPU. `seconds` is wall time by part."""
 
     def __init__(self, config: RealConfig, roles: Roles, judge: nn.Module, codec, device: torch.device):
-        super().__init__(config.npedit(), roles.student, roles.fake, Guided(roles.teacher), judge, codec)
+        always = config.guidance != 1 or (config.guidance_strong != 1 and bool(config.strong_types))
+        super().__init__(config.npedit(), roles.student, roles.fake, Guided(roles.teacher, always), judge, codec)
         self.real, self.seconds = config, {}
         modules = dict(student=roles.student, fake=roles.fake, teacher=roles.teacher, judge=judge)
         self.waiting = {role: Waiting(modules[role], device) for role in config.offload}
@@ -179,8 +181,11 @@ def make_accelerator(config: RealConfig) -> Accelerator:
     if AcceleratorState._shared_state.get("_mixed_precision", config.precision) != config.precision:
         AcceleratorState._reset_state()
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
-    built = Accelerator(mixed_precision=config.precision, kwargs_handlers=[patience], log_with=list(config.trackers) or None, project_dir=config.out)
+    hidden = set(os.environ.get("CUDA_VISIBLE_DEVICES", "all").split(",")) <= {"", "-1"}  # as two_cpu.yaml hides GPUs
     started = int(os.environ.get("WORLD_SIZE", 1))
+    built = Accelerator(
+        cpu=hidden and started > 1, mixed_precision=config.precision, kwargs_handlers=[patience], log_with=list(config.trackers) or None, project_dir=config.out
+    )
     if built.num_processes != started:
         raise ConfigError(f"{started} processes were started, accelerate counts {built.num_processes}; on a CPU use accelerate launch with vlmedit/real/configs/accelerate/two_cpu.yaml, or set ACCELERATE_USE_CPU=true")
     return built
@@ -271,8 +276,9 @@ def prepared(config: RealConfig) -> RealConfig:
     """The settings with every "tiny:" place made."""
     folder = Path(config.out) / "tiny"
     return dataclasses.replace(
-        config, backbone=made(config.backbone, folder, "backbone"), judge=tuple(made(j, folder, "judge") for j in config.judge), data=made(config.data, folder, "data")
-    )
+        config, backbone=made(config.backbone, folder, "backbone"), judge=tuple(made(j, folder, "judge") for j in config.judge), data=made(config.data, folder, "data"),
+        start=config.start and made(config.start, folder, "start"),
+    )  # fmt: skip
 
 
 def check(config: RealConfig, judged: bool = True) -> None:
@@ -281,17 +287,18 @@ def check(config: RealConfig, judged: bool = True) -> None:
     given = lambda place: not place.startswith(PREFIX)
     problems = check_backbone(config.backbone, trust=config.trust_remote_code) if given(config.backbone) else []
     for place in filter(given, config.judge if judged else ()):
-        problems += check_judge(place)
+        problems += check_judge(place, config.questions)
     try:
-        given(config.data) and read_manifest(config.data)
+        given(config.data) and check_questions(read_manifest(config.data), config.questions)
     except InputError as error:
         problems += error.problems
-    if config.start and not Path(config.start).is_dir():
-        problems.append(f"start is {config.start!r}, which is no folder; it is the model folder of an earlier run")
-    elif config.start and (mode := recorded_mode(Path(config.start))) not in (None, config.omni):
+    start = config.start if config.start and given(config.start) else None
+    if start and not Path(start).is_dir():
+        problems.append(f"start is {start!r}, which is no folder; it is the model folder of an earlier run")
+    elif start and (mode := recorded_mode(Path(start))) not in (None, config.omni):
         say = lambda on: str(on).lower()
-        problems.append(f"start is {config.start!r}, whose student was trained with omni={say(mode)}, and omni is {say(config.omni)}: the two modes modulate the reference differently; set omni={say(mode)}, or train the warm-up again with omni={say(config.omni)}")
-    if not problems and config.start and given(config.backbone):
+        problems.append(f"start is {start!r}, whose student was trained with omni={say(mode)}, and omni is {say(config.omni)}: the two modes modulate the reference differently; set omni={say(mode)}, or train the warm-up again with omni={say(config.omni)}")
+    if not problems and start and given(config.backbone):
         problems += check_start(config)
     if problems:
         raise InputError(problems)
