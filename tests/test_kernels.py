@@ -26,7 +26,7 @@ from vlmedit import dmd, flow, learn
 from vlmedit.models.dit import Block, rotary_table, rotate
 
 kernels = pytest.importorskip("vlmedit.kernels", reason="vlmedit.kernels is not installed; run: pip install --no-deps --no-build-isolation -e .")
-from vlmedit.kernels import answer, dispatch, modulation, patches, rope, sampler  # noqa: E402
+from vlmedit.kernels import answer, dispatch, modulation, patches, residual, rope, sampler  # noqa: E402
 from vlmedit.kernels import dmd as fused_dmd  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +54,11 @@ class Operation:
 def modulation_inputs(shape, draw):
     b, _, d = shape
     return draw(*shape), draw(*shape), draw(b, d), draw(b, d), draw(b, d)
+
+
+def residual_inputs(shape, draw):
+    b, _, d = shape
+    return draw(*shape), draw(*shape), draw(b, d), 1 + 0.3 * draw(b, d)
 
 
 def rope_inputs(shape, draw):
@@ -105,6 +110,10 @@ OPERATIONS = {
         kernels.adaln, lambda x, scale, shift: modulation.gated_adaln_reference(x, None, None, scale, shift)[1],
         lambda shape, draw: (draw(*shape), draw(shape[0], shape[2]), draw(shape[0], shape[2])), TOKENS, (0, 1, 2),
     ),
+    "gated_rms": Operation(kernels.gated_rms, residual.gated_rms_reference, residual_inputs, TOKENS, (0, 1, 2, 3)),
+    "gated_rms, a plain residual": Operation(kernels.gated_rms, residual.gated_rms_reference, without(2, residual_inputs), TOKENS[:2], (0, 1, 3), {"normed": False, "eps": 1e-6}),
+    "gated_rms, gate alone": Operation(kernels.gated_rms, residual.gated_rms_reference, residual_inputs, TOKENS[:1], (0, 1, 2, 3), {"normed": False}),
+    "gated_rms, norms alone": Operation(kernels.gated_rms, residual.gated_rms_reference, without(2, residual_inputs), TOKENS[:1], (0, 1, 3)),
     "norm_rope, halves": Operation(kernels.norm_rope, rope.norm_rope_reference, rope_inputs, HEADS, (0, 1)),
     "norm_rope, a table per sample": Operation(kernels.norm_rope, rope.norm_rope_reference, tables_inputs, HEADS[:2], (0, 1), {"interleaved": True}),
     "norm_rope, neighbors": Operation(kernels.norm_rope, rope.norm_rope_reference, rope_inputs, HEADS, (0, 1), {"interleaved": True}),
@@ -220,7 +229,7 @@ def test_a_cotangent_without_strides(name):
 
 
 MIXED = {  # which inputs keep float32 beside half precision
-    "gated_adaln": (2, 3, 4), "adaln": (1, 2), "norm_rope, halves": (2, 3), "dmd_step, per sample": (2,), "dmd_step, per pixel": (2,), "guided_step": (4, 5),
+    "gated_adaln": (2, 3, 4), "adaln": (1, 2), "gated_rms": (2, 3), "norm_rope, halves": (2, 3), "norm_rope, neighbors": (1, 2, 3), "dmd_step, per sample": (2,), "dmd_step, per pixel": (2,), "guided_step": (4, 5),
 }  # fmt: skip
 
 
@@ -248,7 +257,7 @@ def test_times_tables_and_modulation_keep_their_own_dtype(name, path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", ["gated_adaln", "adaln", "norm_rope, halves", "norm_rope, neighbors", "guided_step"])
+@pytest.mark.parametrize("name", ["gated_adaln", "adaln", "gated_rms", "gated_rms, a plain residual", "norm_rope, halves", "norm_rope, neighbors", "guided_step"])
 def test_what_is_frozen_costs_nothing(name, path, monkeypatch):
     """Each input alone wants a gradient: it is the one that all of them got together, the others' are neither computed nor, where the
     modulation is frozen, is the branch kept."""
@@ -269,10 +278,12 @@ def test_what_is_frozen_costs_nothing(name, path, monkeypatch):
             (got,) = torch.autograd.grad(live, arguments[one], sent)
             assert whole[place].abs().max() > 0 and torch.allclose(got, whole[place], rtol=1e-6, atol=1e-9)
             if path == "triton":
-                flags = {k: v for k, v in asked[-1].items() if k in ("X", "BRANCH", "GATE", "SCALE", "SHIFT", "WEIGHT", "COND", "UNCOND", "NOISE")}
+                flags = {k: v for k, v in asked[-1].items() if k in ("X", "BRANCH", "GATE", "SCALE", "SHIFT", "FACTOR", "WEIGHT", "COND", "UNCOND", "NOISE")}
                 assert sum(flags.values()) == 1
             if name == "gated_adaln":
                 assert (arguments[1].data_ptr() in kept) == (one == 2)
+            if name.startswith("gated_rms"):
+                assert (arguments[1].data_ptr() in kept) == (one in (1, 2) and name == "gated_rms")
 
 
 @needs_triton
@@ -283,6 +294,74 @@ def test_more_rows_than_int32_counts_go_to_the_reference(monkeypatch):
     assert kernels.norm_rope(*arguments).shape == op.shapes[0]
     with kernels.backend("triton"), pytest.raises(RuntimeError, match="batch x heads x tokens below"):
         kernels.norm_rope(*arguments)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_autocast_changes_nothing(name, path):
+    """Operations say themselves in which precision they compute: forward and backward within autocast give what they give without, bit by bit."""
+    op = OPERATIONS[name]
+    with kernels.backend(path):
+        plain = outputs(op.fused, inputs(op, op.shapes[0], torch.float32), op)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            cast = outputs(op.fused, inputs(op, op.shapes[0], torch.float32), op)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(cast, plain))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_pictures_in_any_memory_format(path):
+    """Channels last and transposed pictures, in every layout of the result."""
+    pictures = torch.randn(2, 3, 6, 8, device=DEVICE)
+    half = torch.full((3,), 0.5, device=DEVICE), torch.full((3,), 0.5, device=DEVICE)
+    with kernels.backend(path):
+        for layout in ({}, {"patch": 2}, {"patch": 1, "merge": 2, "frames": 2}):
+            for size in ((6, 8), (4, 2)):
+                want = kernels.vlm_patches(pictures, *half, size, **layout)
+                for same in (pictures.contiguous(memory_format=torch.channels_last), pictures.mT.contiguous().mT):
+                    assert torch.allclose(kernels.vlm_patches(same, *half, size, **layout), want, atol=1e-5)
+
+
+FAR = {  # operation: (input, axis) that is stretched over more than 2^31 elements
+    "gated_adaln": ((0, 0), (0, 1), (1, 1), (2, 0), (3, 0), (4, 0)), "gated_rms": ((0, 1), (1, 0), (1, 1), (2, 0), (3, 0)),
+    "norm_rope, halves": ((0, 0), (0, 1), (0, 2)), "norm_rope, a table per sample": ((2, 0), (3, 1)),
+    "answer_loss": ((0, 0), (0, 1), (1, 0)), "vlm_patches, pixels": ((0, 1), (0, 2), (0, 3)),
+}  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE == "cuda", reason="4 GiB that only a CPU gives without filling them")
+def test_addresses_beyond_32_bits():
+    """Every input that keeps its strides, one axis of it spread over more than 2^31 elements of memory that is never touched: same values."""
+    room = torch.empty(2**31 + 2**22, dtype=torch.float16)
+    for name, places in FAR.items():
+        op = OPERATIONS[name]
+        for index, axis in places:
+            arguments = [v.detach() for v in inputs(op, op.shapes[0], torch.float16)]
+            want = outputs_of(op, arguments)
+            v, strides, dense = arguments[index], [0] * arguments[index].ndim, 1
+            for i in reversed(range(v.ndim)):
+                if i != axis:
+                    strides[i], dense = dense, dense * v.shape[i]
+            strides[axis] = (2**31 + 2**20) // max(v.shape[axis] - 1, 1)
+            arguments[index] = room.as_strided(v.shape, strides).copy_(v)
+            with kernels.backend("triton"):
+                got = outputs_of(op, arguments)
+            assert max(off(got, want)) < TOLERANCE[torch.float16], (name, index, axis)
+
+
+def outputs_of(op: Operation, arguments: list) -> list[Tensor]:
+    found = op.fused(*arguments, **op.fixed)
+    return list(found) if isinstance(found, tuple) else [found]
+
+
+@needs_triton
+def test_more_samples_than_a_grid_holds_go_to_the_reference(monkeypatch):
+    """CUDA counts programs of the second and third axis in 16 bits."""
+    many = torch.zeros(65536, 1, 2, device=DEVICE)
+    assert kernels.adaln(many, many[:, 0], many[:, 0]).shape == many.shape
+    with kernels.backend("triton"), pytest.raises(RuntimeError, match="at most 65535 samples"):
+        kernels.adaln(many, many[:, 0], many[:, 0])
+    assert rope.MOST_ROWS + rope.MOST_ROWS + 1024 < 2**31  # the last tile's start and a step as long as all rows
 
 
 # what lies around the tensors
@@ -376,7 +455,7 @@ def test_no_second_derivative_is_made_up():
 @pytest.mark.parametrize("path", PATHS)
 def test_nothing_in_nothing_out(path):
     """A batch of no samples has empty results and empty gradients."""
-    for name in ("gated_adaln", "norm_rope, halves", "guided_step", "answer_loss", "vlm_patches, as Qwen-VL"):
+    for name in ("gated_adaln", "gated_rms", "norm_rope, halves", "guided_step", "answer_loss", "vlm_patches, as Qwen-VL"):
         op = OPERATIONS[name]
         arguments = inputs(op, (0, *op.shapes[0][1:]), torch.float32)
         with kernels.backend(path):
@@ -400,10 +479,11 @@ def test_twice_gives_the_same_bits(name):
 def test_a_small_sum_of_programs_is_the_whole(monkeypatch):
     """The backward passes share tokens among fewer programs than there are: the sums over tokens stay complete."""
     monkeypatch.setattr(modulation, "processors", lambda on: 5)  # two per sample
+    monkeypatch.setattr(residual, "processors", lambda on: 5)
     monkeypatch.setattr(rope, "processors", lambda on: 2)
     monkeypatch.setattr(rope, "PER_PROCESSOR", 1)
     monkeypatch.setattr(rope, "_tile", lambda width: (2, dispatch.power_of_2(width // 2)))
-    for name in ("gated_adaln", "norm_rope, halves"):
+    for name in ("gated_adaln", "gated_rms", "norm_rope, halves"):
         op = OPERATIONS[name]
         arguments = inputs(op, op.shapes[0], torch.float64)
         with kernels.backend("triton"):
@@ -557,6 +637,86 @@ def test_the_resize_is_pillows(mode, sizes):
     assert torch.allclose(matrix.sum(1), torch.ones(new, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_gated_rms_is_z_images_block_and_a_judges_layer(path):
+    """What stands between attention and feed-forward of diffusers' block, between feed-forward and the next block's attention, and between the two
+    halves of a Qwen2 layer; with gradients to tokens, branch, modulation and the norms' weights."""
+    from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    torch.manual_seed(0)
+    block = ZImageTransformerBlock(0, 16, 2, 2, 1e-5, True).to(DEVICE)
+    norms = block.attention_norm2, block.ffn_norm1, block.ffn_norm2, block.attention_norm1
+    for norm in norms:
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    x, branch = (torch.randn(2, 5, 16, device=DEVICE, requires_grad=True) for _ in range(2))
+    gate, scale = (torch.randn(2, 16, device=DEVICE, requires_grad=True) for _ in range(2))
+    sent = torch.randn(2, 2, 5, 16, device=DEVICE)
+    for before, after in (norms[:2], norms[2:]):
+        y = x + gate.tanh().unsqueeze(1) * before(branch)
+        want = y, after(y) * (1 + scale.unsqueeze(1))
+        with kernels.backend(path):
+            got = kernels.gated_rms(x, branch, gate.tanh() * before.weight, after.weight * (1 + scale), 1e-5)
+            leaves = x, branch, gate, scale, before.weight, after.weight
+            here, there = (torch.autograd.grad(v, leaves, tuple(sent)) for v in (got, want))
+        assert all(b.abs().max() > 0.1 and torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip((*got, *here), (*want, *there)))
+    norm = Qwen2RMSNorm(16, 1e-6).to(DEVICE)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    y = x + branch
+    with kernels.backend(path):
+        got = kernels.gated_rms(x, branch, None, norm.weight.expand(2, -1), 1e-6, normed=False)
+        here, there = (torch.autograd.grad(v, (x, branch, norm.weight), tuple(sent)) for v in (got, (y, norm(y))))
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip((*got, *here), (y, norm(y), *there)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_blocks_with_kernels_inside_are_the_plain_ones(path, monkeypatch):
+    """`use` within diffusers' Z-Image block and transformers' Qwen2 layer: results and every gradient, from tokens to weights, recomputation included;
+    afterwards both classes are as they were."""
+    from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock, ZSingleStreamAttnProcessor
+    from transformers import Qwen2Config
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+    torch.manual_seed(0)
+    block = ZImageTransformerBlock(0, 16, 2, 2, 1e-5, True).to(DEVICE)
+    config = Qwen2Config(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1, attn_implementation="eager")
+    layer = Qwen2DecoderLayer(config, 0).to(DEVICE)
+    for name, weight in [*block.named_parameters(), *layer.named_parameters()]:
+        torch.nn.init.uniform_(weight, 0.5, 1.5) if "norm" in name else torch.nn.init.normal_(weight, std=0.2)
+    x, time = torch.randn(2, 5, 16, device=DEVICE, requires_grad=True), torch.randn(2, 16, device=DEVICE, requires_grad=True)
+    turn = torch.polar(torch.ones(2, 5, 4, device=DEVICE), torch.randn(2, 5, 4, device=DEVICE))
+    angles = torch.ones(2, 5, 8, device=DEVICE), torch.zeros(2, 5, 8, device=DEVICE)
+    calls = (
+        (block, lambda: block(x, None, turn, adaln_input=time), [x, time, *block.parameters()]),
+        (layer, lambda: layer(x, attention_mask=None, position_embeddings=angles), [x, *layer.parameters()]),
+    )
+    launched, real = [], dispatch.start
+    monkeypatch.setattr(dispatch, "start", lambda kernel, *a, **k: (launched.append(kernel), real(kernel, *a, **k)))
+    before = ZImageTransformerBlock.forward, Qwen2DecoderLayer.forward, ZSingleStreamAttnProcessor.__call__
+    for module, call, leaves in calls:
+        sent = torch.randn(2, 5, 16, device=DEVICE)
+        out = call()
+        want = out.detach(), *torch.autograd.grad(out, leaves, sent)
+        for recomputed in (False, True):
+            with kernels.backend(path), kernels.use("norm_rope", "gated_rms"):
+                out = checkpoint(call, use_reentrant=False) if recomputed else call()
+                got = out.detach(), *torch.autograd.grad(out, leaves, sent)
+            assert all(torch.allclose(g, w, rtol=1e-4, atol=1e-6 + 1e-4 * float(w.abs().max())) for g, w in zip(got, want)), type(module)
+            assert sum(bool(w.abs().max() > 1e-3) for w in want) >= len(want) - 1  # a bias of the keys moves no softmax
+    assert bool(launched) == (path == "triton")
+    assert (ZImageTransformerBlock.forward, Qwen2DecoderLayer.forward, ZSingleStreamAttnProcessor.__call__) == before
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_norm_is_that_of_the_rounded_residual(path):
+    """A branch that half precision rounds away from y is not in h either: a constant token has no direction left."""
+    x, branch = torch.full((1, 1, 6), 2048.0, dtype=torch.float16, device=DEVICE), torch.tensor([0.3, -0.3] * 3, dtype=torch.float16, device=DEVICE).view(1, 1, 6)
+    ones = torch.ones(1, 6, dtype=torch.float16, device=DEVICE)
+    with kernels.backend(path):
+        y, h = kernels.gated_adaln(x, branch, ones, ones, ones)
+    assert torch.equal(y, x) and torch.equal(h[0], ones)
+
+
 def test_rotation_of_neighbors_is_diffusers():
     """`interleaved` against FLUX's own function, halves against ours."""
     from diffusers.models.embeddings import apply_rotary_emb
@@ -572,7 +732,7 @@ def test_rotation_of_neighbors_is_diffusers():
 
 def test_the_exercises_are_the_kernels():
     """Notebook 09: programs of the first two exercises, put together, give the reference's residual and norm; the third is its gradient."""
-    from vlmedit.exercises.kernels import MODULATION_BACKWARD, Memory, gated_block, normed_row
+    from vlmedit.exercises.kernels import GATED_BLOCK, MODULATION_BACKWARD, NORMED_ROW, Memory, gated_block, normed_row
 
     x, branch = torch.randn(2, 2, 3, 5)
     gate, scale, shift = torch.randn(3, 2, 5)
@@ -586,6 +746,23 @@ def test_the_exercises_are_the_kernels():
     rows = [normed_row(Memory(torch.nn.functional.pad(expected, (0, 2))), program, 8, 5, 7, 1e-6) for program in range(6)]
     normed = torch.stack([value[inside] for _, value, inside in rows]).view_as(x)
     assert torch.allclose(normed * (1 + scale[:, None]) + shift[:, None], h, atol=1e-5)
+    for exercise in (GATED_BLOCK, NORMED_ROW):  # a load beside its tensor is refused although what it reads is thrown away
+
+        def greedy(*arguments, right=exercise.reference):
+            first = arguments[0]
+            first.load(torch.arange(len(first) + 1))
+            return right(*arguments)
+
+        with pytest.raises(learn.WrongAnswer, match=f"reads address {len(exercise.cases()[0][0])} of a tensor that ends at"):
+            learn.check(greedy, exercise)
+    for whole in (2, 3, 4):  # a mask that is right where the size divides
+
+        def rounded(x, branch, gate, program, block, tokens, width, whole=whole):
+            at, value, inside = gated_block(x, branch, gate, program, block, tokens, width)
+            return at, value, inside & (at < len(x) // whole * whole)
+
+        with pytest.raises(learn.WrongAnswer):
+            learn.check(rounded, GATED_BLOCK)
     for grad, value, factor, eps in MODULATION_BACKWARD.cases():
         leaves = value.requires_grad_(), factor.requires_grad_(), torch.zeros_like(factor, requires_grad=True)
         out = modulation.gated_adaln_reference(leaves[0], None, None, *leaves[1:], eps)[1]
@@ -597,7 +774,9 @@ def test_the_exercises_are_the_kernels():
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", ["gated_adaln", "adaln", "norm_rope, halves", "dmd_step, per sample", "guided_step", "answer_loss", "vlm_patches, as Qwen-VL"])
+@pytest.mark.parametrize(
+    "name", ["gated_adaln", "adaln", "gated_rms", "gated_rms, a plain residual", "norm_rope, halves", "dmd_step, per sample", "guided_step", "answer_loss", "vlm_patches, as Qwen-VL"]
+)
 def test_is_a_proper_custom_op(name, path):
     """torch's own check of schema, fake tensors, autograd's registration and tracing with dynamic shapes."""
     op = OPERATIONS[name]
@@ -605,6 +784,8 @@ def test_is_a_proper_custom_op(name, path):
     node, arguments = {
         "gated_adaln": (modulation._op, (*a, 1e-6)),
         "adaln": (modulation._op, (a[0], None, None, a[1], a[2], 1e-6) if name == "adaln" else ()),
+        "gated_rms": (residual._op, (*a, 1e-6, True)),
+        "gated_rms, a plain residual": (residual._op, (*a, 1e-6, False)),
         "norm_rope, halves": (rope._op, (*a, 1e-6, False)),
         "dmd_step, per sample": (fused_dmd._op, (*a, 2.0, "sample", 1e-6)),
         "guided_step": (sampler._op, (*a, 2.0)),
@@ -647,9 +828,9 @@ def test_cpu_tensors_take_the_reference_unless_told_otherwise(monkeypatch):
         def __getitem__(self, grid):
             raise Launched
 
-    for module in (modulation, rope, fused_dmd, sampler, answer, patches):
+    for module in (modulation, residual, rope, fused_dmd, sampler, answer, patches):
         monkeypatch.setattr(module, "_errors" if module is fused_dmd else "_forward", Kernel())
-    for name in ("gated_adaln", "norm_rope, halves", "dmd_step, per sample", "guided_step", "answer_loss", "vlm_patches, as Qwen-VL"):
+    for name in ("gated_adaln", "gated_rms", "norm_rope, halves", "dmd_step, per sample", "guided_step", "answer_loss", "vlm_patches, as Qwen-VL"):
         op = OPERATIONS[name]
         arguments = [v.detach().cpu() for v in inputs(op, op.shapes[0], torch.float32)]
         op.fused(*arguments, **op.fixed)
@@ -708,6 +889,11 @@ BAD = {
     "branch's dtype": (lambda: kernels.gated_adaln(x345, x345.half(), row, row, row), TypeError, "branch is torch.float16 and x is torch.float32; cast"),
     "integers": (lambda: kernels.adaln(x345.int(), row, row), TypeError, "x is torch.int32; it must be one of float16"),
     "two devices": (lambda: kernels.adaln(x345, meta(row), row), ValueError, "scale is on meta and x on cpu; move"),
+    "no branch of a norm": (lambda: kernels.gated_rms(x345, None, None, row), TypeError, "gated_rms: branch is None; it must be a tensor"),
+    "factor's shape": (lambda: kernels.gated_rms(x345, x345, None, row[0]), ValueError, r"factor has shape \(5,\); it must be \(3, 5\)"),
+    "gate's dtype": (lambda: kernels.gated_rms(x345, x345, row.half(), row), TypeError, "gate is torch.float16 and factor is torch.float32; cast"),
+    "factor's device": (lambda: kernels.gated_rms(x345, x345, None, meta(row)), ValueError, "factor is on meta and x on cpu"),
+    "residual's rank": (lambda: kernels.gated_rms(row, row, None, row), ValueError, r"must be \(batch, tokens, width\)"),
     "odd head": (lambda: kernels.norm_rope(head[..., :3], row[0, :3], table, table), ValueError, "an even head width"),
     "weight's shape": (lambda: kernels.norm_rope(head, row[0], table, table), ValueError, r"weight has shape \(5,\)"),
     "table's shape": (lambda: kernels.norm_rope(head, row[0, :4], table[:2], table), ValueError, r"cos has shape \(2, 2\); it must be \(3, 2\)"),
@@ -860,7 +1046,8 @@ import torch, test_kernels as T
 from vlmedit.kernels import bench, compiled
 if why := compiled.why_not():
     print("skip", why); raise SystemExit
-real, said = [c for c in bench.cases() if (c.side, c.model) in ((512, "FLUX"), (512, "FLUX frozen"), (512, "16 channels")) or c.model == "Qwen2.5-VL"], set()
+wanted = (512, "FLUX"), (512, "FLUX frozen"), (512, "16 channels")
+real, said = [c for c in bench.cases() if (c.side, c.model) in wanted or c.model == "Qwen2.5-VL" or (c.side, c.operation) == (512, "gated_rms")], set()
 for case in real:
     if case.operation == "answer_loss":
         case = bench._answer(case.model, case.side, 600, case.shape[2], 9000)
@@ -887,7 +1074,7 @@ def test_every_kernel_compiles_as_it_is_launched():
     if done.stdout.startswith("skip"):
         pytest.skip(done.stdout)
     rows = [line.split() for line in done.stdout.splitlines()]
-    names = {f"{module}.{way}" for module in ("modulation", "rope", "sampler", "answer", "patches") for way in ("_forward", "_backward")} | {"dmd._errors", "dmd._by_sample"}
+    names = {f"{module}.{way}" for module in ("modulation", "residual", "rope", "sampler", "answer", "patches") for way in ("_forward", "_backward")} | {"dmd._errors", "dmd._by_sample"}
     real = [r for r in rows if r[0] == "real"]
     assert {r[1] for r in real} == names and {r[1] for r in rows if r[0] == "odd"} == names | {"dmd._by_pixel"}
     assert all(int(r[2]) > 1000 for r in rows)  # bytes of machine code
@@ -923,9 +1110,10 @@ def test_the_bench_claims_nothing_without_a_gpu(tmp_path, capsys):
     report = json.loads((tmp_path / "bench.json").read_text())
     assert report["measured"] is False and report["reason"] == "no CUDA device" and report["copy_bytes_per_second"] is None
     seen = {(r["operation"], r["side"]) for r in report["rows"]}
-    diffusion = {(o, s) for o in ("gated_adaln", "norm_rope", "dmd_step", "guided_step") for s in (512, 1024)}
-    assert seen == diffusion | {(o, s) for o in ("answer_loss", "vlm_patches") for s in (384, 448)}
-    assert {r["model"] for r in report["rows"]} >= {"Z-Image", "FLUX", "Qwen-Image", "Qwen2.5-VL", "Qwen3-VL", "LLaVA-OneVision"}
+    diffusion = {(o, s) for o in ("gated_adaln", "gated_rms", "norm_rope", "dmd_step", "guided_step") for s in (512, 1024)}
+    assert seen == diffusion | {(o, s) for o in ("answer_loss", "vlm_patches", "gated_rms") for s in (384, 448)}
+    assert {r["model"] for r in report["rows"]} >= {"Z-Image", "FLUX", "Qwen-Image", "InternVL3", "Qwen2.5-VL", "Qwen3-VL", "LLaVA-OneVision"}
+    assert set(report["verdicts"]) == {o for o, _ in seen} and set(report["verdicts"].values()) == {"not measured"}
     told = ("share_of_copy", "earns_its_place", "faster", "smaller", "max_error", "error")
     measured = [v for r in report["rows"] for k, v in r.items() if k.endswith(("_ms", "_mib")) or k in told]
     assert len(measured) >= 15 * len(report["rows"]) and not any(v is not None for v in measured) and all(r["bytes_moved"] > 0 for r in report["rows"])
@@ -942,7 +1130,8 @@ def test_the_bench_counts_what_moves():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "DTYPE", torch.float32)
         frozen = bench._modulation("m", 8, 3, 8, True), bench._rope("m", 8, 3, 2, 4, True)
-        cases = *frozen, bench._modulation("m", 8, 3, 8), bench._rope("m", 8, 3, 2, 4), *bench._latents(32), bench._patches("m", 8, 12, 2, 2, 2), bench._answer("m", 8, 5, 4, 9)
+        norms = bench._residual("m", 8, 3, 8), bench._residual("m", 8, 3, 8, True), bench._norm("j", 8, 3, 8)
+        cases = *frozen, *norms, bench._modulation("m", 8, 3, 8), bench._rope("m", 8, 3, 2, 4), *bench._latents(32), bench._patches("m", 8, 12, 2, 2, 2), bench._answer("m", 8, 5, 4, 9)
         for case in cases:
             arguments = case.make("cpu")
             torch.manual_seed(1)
@@ -957,6 +1146,9 @@ def test_the_bench_counts_what_moves():
                 continue
             if case.operation == "answer_loss":
                 assert case.moved == size + (2 + 4) * 4 * 4  # the gradient, a state per question, and two rows twice
+                continue
+            if case.operation == "gated_rms":
+                assert case.moved == (8 if case.model == "j" else 10) * size
                 continue
             assert case.moved // size in {"gated_adaln": (9,) if "frozen" in case.model else (10,), "norm_rope": (5, 6, 7, 8), "dmd_step": (8,), "guided_step": (8,)}[case.operation]
 
@@ -1020,7 +1212,13 @@ def test_the_bench_measures_and_judges(mocked_gpu, monkeypatch, tmp_path):
         assert (row.reference_ms, row.compiled_ms, row.kernel_ms, row.reference_mib, row.compiled_mib, row.kernel_mib, row.saved_mib) == (3, 2, 1, 300, 200, 100, 100)
         assert row.share_of_copy == pytest.approx(case.moved / 1e-3 / 1e9) and 0 < row.max_error < 1e-5 and row.host_ms > 0 and row.compiled_host_ms > 0
         assert row.faster and row.smaller and row.earns_its_place and bench.line(row).split()[-3:] == ["yes", "yes", "yes"]
-    for ms, peak, verdict in ((2.5, 100, (False, True)), (1.0, 199, (True, False)), (2.0, 200, (False, False))):
+    assert set(bench.verdicts(rows)) == {c.operation for c in on_cpu} and bench.verdicts(rows)["norm_rope"] == "stays: faster and smaller at all 1 shapes"
+    slow = replace(rows[0], kernel_ms=2.5, faster=False, earns_its_place=False)
+    assert bench.verdicts([slow])["gated_adaln"] == "goes: faster and smaller at none of 1 shapes"
+    assert bench.verdicts([rows[0], slow, replace(slow, kernel_ms=None, earns_its_place=None, error="broken")])["gated_adaln"] == (
+        "stays for these shapes alone (1 of 3), to be written into its choice: m 1x3x8"
+    )
+    for ms, peak, verdict in ((2.5, 100, (False, True)), (1.0, 199, (True, False)), (2.0, 200, (False, False)), (1.99, 100, (False, True))):
         clock.ms["kernel"], clock.peak["kernel"] = ms, peak
         row = next(bench.run(1e9))
         assert (row.faster, row.smaller) == verdict and row.earns_its_place is False
@@ -1043,9 +1241,41 @@ def test_the_bench_measures_and_judges(mocked_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "copy_bandwidth", lambda: 1e9)
     with pytest.raises(KeyboardInterrupt):
         bench.main(["--json", str(tmp_path / "bench.json")])
-    first, second, third = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    report = json.loads((tmp_path / "bench.json").read_text())
+    first, second, third = report["rows"]
+    assert report["verdicts"]["gated_adaln"].startswith("goes") and report["verdicts"]["norm_rope"].startswith("stays")
     assert first["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate" and first["kernel_ms"] is None
     assert "is zero or no number" in second["error"] and third["error"] is None and third["kernel_ms"] == 1.0
+
+
+def test_traffic_is_counted_where_it_arises(tmp_path, monkeypatch, capsys):
+    """A layer whose bytes one can add up by hand, backward pass included; and a small Z-Image called as plan calls the real one, whose norms move
+    most between its products, as the real ones do."""
+    from vlmedit.kernels import traffic
+
+    from vlmedit.real import plan, tiny
+
+    with torch.device("meta"):
+        layer, x = torch.nn.Sequential(torch.nn.Linear(3, 5, bias=False), torch.nn.ReLU()), torch.empty(2, 3)
+    found = traffic.count(layer, lambda: layer(x))
+    products, relu = found[traffic.PRODUCTS], found["Sequential/ReLU"]
+    assert (products.launches, products.bytes, products.flops) == (2, 2 * 4 * (6 + 15 + 10), 2 * 2 * 30)  # x, weight, result; and the weight's gradient
+    assert (relu.launches, relu.bytes, dict(relu.operations)) == (2, 80 + 120, {"relu": 80, "threshold_backward": 120}) and len(found) == 2
+    q = torch.empty(1, 2, 6, 4, device="meta", requires_grad=True)
+    k, v = (torch.empty(1, 1, 3, 4, device="meta", requires_grad=True) for _ in range(2))
+    found = traffic.count(layer, lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+    attention = found[traffic.ATTENTION]
+    assert attention.bytes == 4 * (48 + 12 + 12 + 48) + 4 * (2 * (48 + 12 + 12) + 2 * 48) and attention.flops == 14 * 48 * 3
+    with torch.device("meta"):
+        small = tiny.z_image()
+    monkeypatch.setitem(plan.PUBLISHED, "Tongyi-MAI/Z-Image", lambda: small)
+    traffic.main(["--network", "Z-Image", "--json", str(tmp_path / "traffic.json")])
+    counts = json.loads((tmp_path / "traffic.json").read_text())["networks"]["Z-Image"]
+    between = {kind: m["bytes"] for kind, m in counts.items() if kind not in (traffic.PRODUCTS, traffic.ATTENTION)}
+    assert max(between, key=between.get) == "ZImageTransformerBlock/RMSNorm" and counts["attention"]["operations"].keys() == {"forward", "backward"}
+    assert "ZImageTransformerBlock/RMSNorm" in capsys.readouterr().out and not small._forward_hooks
+    with pytest.raises(SystemExit):
+        traffic.main(["--json", str(tmp_path / "nowhere" / "traffic.json")])
 
 
 def test_the_notebook_skips_politely_without_triton(tmp_path):

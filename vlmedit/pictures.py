@@ -302,20 +302,23 @@ def save_json(data, path: Path) -> None:
 
 
 def strip(pictures: list[Image.Image], labels: list[str], title: str = "", tile: int = 192) -> Image.Image:
-    """Pictures side by side, scaled to `tile` pixels without smoothing, a label of one or two lines under each."""
+    """Pictures side by side, their longer sides scaled to `tile` pixels, enlarged without smoothing; a label under each, wrapped to its width."""
     if len(pictures) != len(labels):
         raise ValueError(f"{len(pictures)} pictures and {len(labels)} labels; pass one for each")
     font, gap, line = ImageFont.load_default(14), 8, 18
     head = _wrap(title, font, len(pictures) * (tile + gap) - gap)
-    top, bottom = gap + line * len(head), line * max(len(text.split("\n")) for text in labels) + gap
+    wrapped = [[row for part in text.split("\n") for row in _wrap(part, font, tile)] for text in labels]
+    top, bottom = gap + line * len(head), line * max(map(len, wrapped)) + gap
     sheet = Image.new("RGB", (gap + len(pictures) * (tile + gap), top + tile + bottom), "white")
     draw = ImageDraw.Draw(sheet)
     for row, words in enumerate(head):
         draw.text((gap, gap // 2 + row * line), words, "black", font)
-    for i, (picture, label) in enumerate(zip(pictures, labels)):
+    for i, (picture, rows) in enumerate(zip(pictures, wrapped)):
         left = gap + i * (tile + gap)
-        sheet.paste(picture.convert("RGB").resize((tile, tile), Image.Resampling.NEAREST), (left, top))
-        for row, words in enumerate(label.split("\n")):
+        how = Image.Resampling.NEAREST if max(picture.size) <= tile else Image.Resampling.LANCZOS
+        shown = ImageOps.contain(picture.convert("RGB"), (tile, tile), how)
+        sheet.paste(shown, (left + (tile - shown.width) // 2, top + (tile - shown.height) // 2))
+        for row, words in enumerate(rows):
             draw.text((left, top + tile + 2 + row * line), words, "black", font)
     return sheet
 

@@ -1,6 +1,7 @@
 """Fused operations of a real-size update, each a readable torch reference beside a Triton kernel, forward and backward.
 
     gated_adaln, adaln   the gated residual and the modulation between two branches of a transformer block   (modulation.py)
+    gated_rms            the gated residual between RMS-norms: Z-Image's blocks, a judge's language model        (residual.py)
     norm_rope            RMS-norm of queries or keys with their 2-D rotary embedding                         (rope.py)
     dmd_step             DMD's gradient and loss from the three velocities                                   (dmd.py)
     guided_step          guidance, x0 and the re-noising of a few-step sampler                               (sampler.py)
@@ -24,9 +25,10 @@ from vlmedit.kernels.dmd import dmd_step
 from vlmedit.kernels.inside import use
 from vlmedit.kernels.modulation import adaln, gated_adaln
 from vlmedit.kernels.patches import vlm_patches
+from vlmedit.kernels.residual import gated_rms
 from vlmedit.kernels.rope import norm_rope
 from vlmedit.kernels.sampler import guided_step
 
 __all__ = [
-    "BACKENDS", "adaln", "answer_loss", "backend", "dmd_step", "gated_adaln", "guided_step", "interpreting", "norm_rope", "triton_missing", "use", "vlm_patches",
+    "BACKENDS", "adaln", "answer_loss", "backend", "dmd_step", "gated_adaln", "gated_rms", "guided_step", "interpreting", "norm_rope", "triton_missing", "use", "vlm_patches",
 ]  # fmt: skip

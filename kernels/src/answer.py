@@ -17,6 +17,7 @@ from torch import Tensor
 from vlmedit.kernels.dispatch import (
     accumulator,
     cdiv,
+    exact,
     launch,
     rows_contiguous,
     same_device,
@@ -37,7 +38,8 @@ def answer_loss_reference(
 ) -> tuple[Tensor, Tensor]:
     """(loss, margin) in plain torch: gather, two rows, softplus."""
     last = states[torch.arange(len(states), device=states.device), position].to(wide(states))
-    logits = last @ weight[[yes, no]].to(last.dtype).T
+    with exact(states):
+        logits = last @ weight[[yes, no]].to(last.dtype).T
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     margin = logits[:, 0] - logits[:, 1]
@@ -98,10 +100,10 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_loss, grad_margin, slopes, weight, position, grad, length, width, yes, no, loss_n, margin_n,
+    grad_loss, grad_margin, slopes, weight, position, grad, size, width, yes, no, loss_n, margin_n,
     BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One block of one question's states: zeros, and the gradient where the answer stands."""
+    """One block of one question's `size` values: zeros, and the gradient where the answer stands."""
     i, n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = i * BLOCK + tl.arange(0, BLOCK)
     column = at - tl.load(position + n).to(tl.int64) * width
@@ -111,7 +113,7 @@ def _backward(
     w_no = tl.load(weight + no + column, mask=here, other=0.0).to(ACC)
     pull = to_margin * (tl.load(slopes + 3 * n + 1) * w_yes - tl.load(slopes + 3 * n + 2) * w_no)
     value = tl.where(here, pull, 0.0)  # a NaN of this question's stays at its place
-    tl.store(grad + n * length * width + at, value.to(grad.dtype.element_ty), mask=at < length * width)
+    tl.store(grad + n * size + at, value.to(grad.dtype.element_ty), mask=at < size)
 
 
 def _look(position: Tensor, length: int) -> None:
@@ -144,7 +146,8 @@ def _op(states: Tensor, weight: Tensor, position: Tensor, answer: Tensor, yes: i
     slopes[:, 1:] = 1
     if cap is not None:
         rows = states[torch.arange(count, device=states.device), position.clamp(0, length - 1)].to(loss.dtype)
-        slopes[:, 1:] = 1 - torch.tanh(rows @ weight[[yes, no]].to(loss.dtype).T / cap).square()
+        with exact(states):
+            slopes[:, 1:] = 1 - torch.tanh(rows @ weight[[yes, no]].to(loss.dtype).T / cap).square()
     return loss, margin, slopes
 
 
@@ -161,7 +164,7 @@ def _op_backward(grad_loss: Tensor, grad_margin: Tensor, slopes: Tensor, weight:
     if count and use_triton(slopes, True, ""):
         grad, weight = weight.new_empty(count, length, width), rows_contiguous(weight)
         launch(
-            _backward, (cdiv(length * width, BLOCK), count), slopes, grad_loss, grad_margin, slopes, weight, position.contiguous(), grad, length, width,
+            _backward, (cdiv(length * width, BLOCK), count), slopes, grad_loss, grad_margin, slopes, weight, position.contiguous(), grad, length * width, width,
             yes * weight.stride(0), no * weight.stride(0), grad_loss.stride(0), grad_margin.stride(0), BLOCK=BLOCK, ACC=accumulator(weight), num_warps=4,
         )  # fmt: skip
         return grad

@@ -35,6 +35,7 @@ except ImportError:  # an optional dependency
 
 BACKENDS = ("auto", "reference", "triton")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MOST_SAMPLES = 65535  # programs along the second and third axis of a CUDA grid
 
 _chosen = "auto"  # a plain global: the backward pass runs in threads of autograd's own
 
@@ -66,7 +67,10 @@ def backend(name: str):
 
 
 def use_triton(x: Tensor, supported: bool, limit: str) -> bool:
-    """The choice for tensors on the device of `x`. Raises RuntimeError where Triton was asked for by name and cannot serve."""
+    """The choice for tensors on the device of `x`, whose first axis is the samples. Raises RuntimeError where Triton was asked for by name
+    and cannot serve."""
+    if x.shape[0] > MOST_SAMPLES:
+        supported, limit = False, f"there may be at most {MOST_SAMPLES} samples"
     if _chosen == "reference":
         return False
     if _chosen == "auto":
@@ -135,6 +139,11 @@ def accumulator(t: Tensor):
 def wide(t: Tensor) -> torch.dtype:
     """The same as torch's dtype, for buffers of statistics and partial sums."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def exact(t: Tensor) -> torch.autocast:
+    """Where a reference multiplies matrices: autocast would round its float32 to half precision, and a kernel knows nothing of autocast."""
+    return torch.autocast(t.device.type, enabled=False)
 
 
 def cdiv(a: int, b: int) -> int:

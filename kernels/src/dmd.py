@@ -80,7 +80,7 @@ def _by_pixel(
     """Gradient of all channels of `PIXELS` pixels, each over its own mean error."""
     i, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     pixel = i * PIXELS + tl.arange(0, PIXELS)
-    channel = tl.arange(0, CHANNELS)
+    channel = tl.arange(0, CHANNELS).to(tl.int64)
     inside = (channel < channels)[:, None] & (pixel < pixels)[None, :]
     at = b * channels * pixels + channel[:, None] * pixels + pixel[None, :]
     time = tl.load(t + b).to(ACC)

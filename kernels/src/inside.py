@@ -10,21 +10,27 @@
 | `guided_step` | the unroll's x0 and re-noising between two calls (the last x0 stays as it is)                               |
 | `answer_loss` | `two_row_margin` of the real judges                                                                         |
 | `vlm_patches` | the picture's preparation for Qwen-VL, InternVL and PaliGemma                                               |
+| `norm_rope`   | norm and rotation of queries and keys in Z-Image's attention                                                |
+| `gated_rms`   | the residual after attention and the norm before the feed-forward, in Z-Image's blocks and in Qwen2's layers |
+|               | (the language model of InternVL3 and LLaVA-OneVision); the other half stands across two blocks and stays    |
 
 Off by default: none has earned its place yet. The numbers are those of the plain update up to rounding, drawn from the same stream. Which path an
-operation takes is still `backend`'s choice. The block must be entered before the update; trainers made earlier are served too. Not
-covered: a transformer's blocks (`gated_adaln`, `norm_rope`), whose code is diffusers'.
+operation takes is still `backend`'s choice. The block must be entered before the update; trainers made earlier are served too, except blocks that
+torch.compile has seen by then. Not covered: `gated_adaln`, and the other families' attention, whose code is diffusers'.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from vlmedit.kernels.answer import answer_loss
 from vlmedit.kernels.dmd import dmd_step
 from vlmedit.kernels.patches import vlm_patches
+from vlmedit.kernels.residual import gated_rms
+from vlmedit.kernels.rope import norm_rope
 from vlmedit.kernels.sampler import guided_step
 
 from vlmedit.flow import interpolate, to_x0
@@ -104,7 +110,52 @@ def _patches() -> list[tuple[object, str, Callable]]:
     return [(judges.QwenVL, "prepare", qwen), (judges.InternVL, "prepare", square), (judges.PaliGemma, "prepare", square)]
 
 
-SWAPS = {"dmd_step": _dmd, "guided_step": _step, "answer_loss": _answer, "vlm_patches": _patches}
+def _rope() -> list[tuple[object, str, Callable]]:
+    from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor as Attention
+
+    plain = Attention.__call__
+
+    def attend(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, freqs_cis=None):
+        if freqs_cis is None or attn.norm_q is None or attn.norm_k is None:
+            return plain(self, attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)
+        tables = freqs_cis.real.contiguous(), freqs_cis.imag.contiguous()  # for queries and keys
+        turned = lambda norm: lambda x: norm_rope(x.transpose(1, 2), norm.weight, *tables, norm.eps, True).transpose(1, 2)
+        names = ("to_q", "to_k", "to_v", "to_out", "heads")
+        view = SimpleNamespace(norm_q=turned(attn.norm_q), norm_k=turned(attn.norm_k), **{name: getattr(attn, name) for name in names})
+        return plain(self, view, hidden_states, encoder_hidden_states, attention_mask)  # which then has nothing left to turn
+
+    return [(Attention, "__call__", attend)]
+
+
+def _residual() -> list[tuple[object, str, Callable]]:
+    from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock as Block
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer as Layer
+
+    plain = Block.forward
+
+    def together(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(x.dtype, branch.dtype)
+        return x.to(dtype), branch.to(dtype)
+
+    def block(self, x, attn_mask, freqs_cis, adaln_input=None, noise_mask=None, *more, **named):
+        if not self.modulation or noise_mask is not None:  # modulated token by token
+            return plain(self, x, attn_mask, freqs_cis, adaln_input, noise_mask, *more, **named)
+        scale_msa, gate_msa, scale_mlp, gate_mlp = self.adaLN_modulation(adaln_input).chunk(4, dim=1)
+        out = self.attention(self.attention_norm1(x) * (1 + scale_msa).unsqueeze(1), attention_mask=attn_mask, freqs_cis=freqs_cis)
+        gate, factor = together(gate_msa.tanh() * self.attention_norm2.weight, (1 + scale_mlp) * self.ffn_norm1.weight)
+        x, h = gated_rms(*together(x, out), gate, factor, self.ffn_norm1.eps)
+        return x + gate_mlp.tanh().unsqueeze(1) * self.ffn_norm2(self.feed_forward(h))
+
+    def layer(self, hidden_states, **named):
+        out, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **named)
+        norm = self.post_attention_layernorm
+        y, h = gated_rms(*together(hidden_states, out), None, norm.weight.expand(len(out), -1), norm.variance_epsilon, normed=False)
+        return y + self.mlp(h)
+
+    return [(Block, "forward", block), (Layer, "forward", layer)]
+
+
+SWAPS = {"dmd_step": _dmd, "guided_step": _step, "answer_loss": _answer, "vlm_patches": _patches, "norm_rope": _rope, "gated_rms": _residual}
 
 
 @contextmanager

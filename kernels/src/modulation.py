@@ -124,7 +124,7 @@ def _backward(
         tl.store(parts + out, to_gate, mask=inside)
 
 
-def _warps(block: int, back: bool = False) -> int:
+def warps(block: int, back: bool = False) -> int:
     """Twice as many on the way back, whose sums over tokens stay in registers: 100 per thread instead of 176 for widths up to 4096."""
     return min(16, (4 if block <= 2048 else 8 if block <= 4096 else 16) * (2 if back else 1))
 
@@ -145,7 +145,7 @@ def _op(x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor, sh
         launch(
             _forward, (tokens, batch), x, x, branch, gate, scale, shift, y, h, mean, rstd, tokens, width, eps,
             *x.stride()[:2], *branch.stride()[:2], gate.stride(0), scale.stride(0), shift.stride(0),
-            GATED=gated, BLOCK=block, ACC=accumulator(x), num_warps=_warps(block),
+            GATED=gated, BLOCK=block, ACC=accumulator(x), num_warps=warps(block),
         )  # fmt: skip
         return y, h, mean, rstd
     found, modulated = gated_adaln_reference(x, branch, gate, scale, shift, eps)
@@ -183,7 +183,7 @@ def _op_backward(
         launch(
             _backward, (programs, batch), y, grad_y, grad_h, y, branch, gate, scale, mean, rstd, grad_x, grad_branch, parts, tokens, width, programs,
             *grad_y.stride()[:2], *grad_h.stride()[:2], *y.stride()[:2], *branch.stride()[:2], gate.stride(0), scale.stride(0),
-            **flags, BLOCK=block, ACC=accumulator(y), num_warps=_warps(block, True),
+            **flags, BLOCK=block, ACC=accumulator(y), num_warps=warps(block, True),
         )  # fmt: skip
         return grad_x, grad_branch, parts.sum(2).to(scale.dtype) if learned else scale.new_empty(0, batch, width)
     normed = (y.to(mean.dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)

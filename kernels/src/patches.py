@@ -20,12 +20,26 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vlmedit.kernels.dispatch import DTYPES, accumulator, cdiv, launch, same_device, same_kind, shaped, tl, triton, use_triton, wide
+from vlmedit.kernels.dispatch import (
+    DTYPES,
+    MOST_SAMPLES,
+    accumulator,
+    cdiv,
+    exact,
+    launch,
+    same_device,
+    same_kind,
+    shaped,
+    tl,
+    triton,
+    use_triton,
+    wide,
+)
 
 SUPPORT = {"bilinear": 1, "bicubic": 2}  # of a filter, in pixels
 BLOCK = 256  # pixels per program
 MOST_TAPS = 64  # per side, of the maps and of their transposes
-LIMIT = f"a pixel depends on more than {MOST_TAPS} others per side; resize in two steps"
+LIMIT = f"a pixel depends on more than {MOST_TAPS} others per side (resize in two steps), or there are more channels or pixels than 16 or 31 bits count"
 
 
 def _through(x: Tensor) -> Tensor:
@@ -137,11 +151,14 @@ def _forward(
     for k in range(0, taps_y):
         down = tl.load(weight_y + k * rows + y, mask=inside, other=0.0)
         line = tl.zeros((BLOCK,), ACC)
+        place = corner  # moved by strides, whose multiples need not fit into 32 bits
         for j in range(0, taps_x):
             along = tl.load(weight_x + j * columns + x, mask=inside, other=0.0)
             read = (down != 0) & (along != 0)  # where both weights count, the pixel exists
-            line += along * _clamp(tl.load(pictures + corner + k * x_h + j * x_w, mask=read, other=0.0).to(ACC))
+            line += along * _clamp(tl.load(pictures + place, mask=read, other=0.0).to(ACC))
+            place += x_w
         value += down * line
+        corner += x_h
     value = ((_clamp(value) + 1) / 2 - tl.load(mean + c).to(ACC)) / tl.load(std + c).to(ACC)
     to = b * channels * FRAMES * rows * columns + _place(c, y, x, channels, rows, columns, PATCH, MERGE, FRAMES)
     for frame in tl.static_range(0, FRAMES):
@@ -179,7 +196,8 @@ def _backward(
 
 def _triton_serves(like: Tensor, height: int, width: int, rows: int, columns: int, mode: str) -> bool:
     most = max(_taps(size, new, mode, back) for size, new in ((height, rows), (width, columns)) for back in (False, True))
-    return use_triton(like, most <= MOST_TAPS, LIMIT)
+    countable = like.shape[1] <= MOST_SAMPLES and max(height * width, rows * columns) < 2**31 - BLOCK  # a grid's axis; int32
+    return use_triton(like, most <= MOST_TAPS and countable, LIMIT)
 
 
 @torch.library.custom_op("vlmedit::vlm_patches", mutates_args=())
@@ -197,7 +215,7 @@ def _op(pictures: Tensor, mean: Tensor, std: Tensor, rows: int, columns: int, pa
             *(len(weight) for _, weight in tables), *pictures.stride(), PATCH=patch, MERGE=merge, FRAMES=frames, BLOCK=BLOCK, ACC=accumulator(pictures), num_warps=4,
         )  # fmt: skip
         return out
-    return out.copy_(vlm_patches_reference(pictures, mean, std, (rows, columns), patch or None, merge, frames, mode, dtype).view_as(out))
+    return out.copy_(vlm_patches_reference(pictures, mean, std, (rows, columns), patch or None, merge, frames, mode, dtype).reshape_as(out))
 
 
 @_op.register_fake
@@ -227,7 +245,8 @@ def _op_backward(
     picture = grad.to(wide(out)).reshape(batch, *grid).sum(6).permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(batch, channels, rows, columns)
     picture = picture / (2 * std.to(picture.dtype).view(-1, 1, 1))
     down, along = (resize_map(size, new, mode)[0].to(picture) for size, new in ((height, rows), (width, columns)))
-    return out.copy_(down.T @ picture @ along)
+    with exact(out):
+        return out.copy_(down.T @ picture @ along)
 
 
 @_op_backward.register_fake

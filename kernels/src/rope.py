@@ -11,7 +11,7 @@ weight's is not computed.
 
 Shapes: x (B, H, N, D), any strides with a dense last axis (a transposed view of (B, N, H, D) is not copied); weight (D,);
 cos, sin (N, D / 2), or (B, N, D / 2) where samples differ in size. Returns a dense (B, H, N, D).
-Computes in float32 (float64 for float64); cos and sin may be float32 whatever the dtype of x, and carry no gradient.
+Computes in float32 (float64 for float64); weight and tables may be float32 whatever the dtype of x, and tables carry no gradient.
 """
 
 import torch
@@ -33,7 +33,7 @@ from vlmedit.kernels.dispatch import (
 )
 
 WIDEST = 1024  # of D
-MOST_ROWS = 2**31 - 2**21  # rows are counted in int32, a program's last step beyond them included
+MOST_ROWS = 2**30 - 2**21  # rows are counted in int32, and so is a program's last step beyond them, which may be as long again
 LIMIT = f"D must be at most {WIDEST}, batch x heads x tokens below {MOST_ROWS}"
 PER_PROCESSOR = 8  # programs of the backward pass where the weight learns: each sums its gradient over its tiles
 
@@ -238,9 +238,10 @@ _op.register_autograd(_gradients, setup_context=_setup)
 def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6, interleaved: bool = False) -> Tensor:
     """RMS-normed and rotated queries or keys, with gradients of x and weight. x (B, H, N, D), weight (D,), cos and sin (N, D / 2)
     or (B, N, D / 2). Raises TypeError or ValueError for mixed dtypes or devices, an odd D, or other shapes."""
-    same_kind("norm_rope", x=x, weight=weight)
+    same_kind("norm_rope", x=x)
+    same_kind("norm_rope", weight=weight)
     same_kind("norm_rope", cos=cos, sin=sin)
-    same_device("norm_rope", x=x, cos=cos)
+    same_device("norm_rope", x=x, weight=weight, cos=cos)
     if x.ndim != 4 or x.shape[-1] % 2:
         raise ValueError(f"norm_rope: x has shape {tuple(x.shape)}; it must be (batch, heads, tokens, an even head width)")
     shaped("norm_rope", "weight", weight, x.shape[-1:])

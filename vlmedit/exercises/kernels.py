@@ -1,7 +1,8 @@
 """Notebook 09: what one program of a kernel reads, computes and writes; and the backward pass of the modulation.
 
 `Memory` plays a GPU's memory: what lies beyond a tensor is somebody else's, can be read without an error, and shows in the result. So the
-exercises need neither a GPU nor Triton, and a wrong mask is a wrong answer, as in life.
+exercises need neither a GPU nor Triton, and a wrong mask is a wrong answer, as in life: that of a store by what it writes, that of a load by
+the addresses it reads, also where the numbers are thrown away (on a GPU such a load may end the program).
 """
 
 from __future__ import annotations
@@ -50,6 +51,16 @@ def stored(result: tuple[Tensor, Tensor, Tensor], size: int) -> Tensor:
     return memory
 
 
+def strays(arguments: tuple) -> str:
+    """What was read beside the tensors among the arguments, in words."""
+    for memory in (a for a in arguments if isinstance(a, Memory)):
+        read = torch.cat(memory.log) if memory.log else torch.zeros(0)
+        outside = sorted({int(at) for at in read[(read < 0) | (read >= len(memory))]})
+        if outside:
+            return f"a load reads address {', '.join(map(str, outside[:3]))}{', ...' if len(outside) > 3 else ''} of a tensor that ends at {len(memory) - 1}"
+    return "every load stays within its tensor"
+
+
 # one program of the gated residual
 
 Store = tuple[Tensor, Tensor, Tensor]
@@ -69,20 +80,21 @@ def gated_cases() -> list[tuple]:
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: Memory(torch.randn(*shape, generator=generator))
     cases = []
-    # (batch, tokens, width), block, program: the last program is cut, the sizes are odd; in the third a block is larger than all there is
-    for (b, n, d), block, program in (((2, 3, 5), 8, 1), ((2, 3, 5), 8, 3), ((1, 2, 3), 16, 0), ((3, 2, 7), 16, 2), ((2, 4, 3), 8, 0)):
+    # (batch, tokens, width), block, program: the last program is cut, by an odd and an even number; in the third a block is larger than all there is
+    for (b, n, d), block, program in (((2, 3, 5), 8, 1), ((2, 3, 5), 8, 3), ((1, 2, 3), 16, 0), ((3, 2, 7), 16, 2), ((2, 4, 3), 8, 0), ((5, 1, 7), 8, 4)):
         cases.append((draw(b, n, d), draw(b, n, d), draw(b, d), program, block, n, d))
     return cases
 
 
-def _gated(at=None, inside=None, gate_at=None, last=None):
+def _gated(at=None, inside=None, gate_at=None, last=None, first=None):
     """The gated residual with one part replaced; parts see (program, block, tokens, width, size) or (address, ...)."""
 
     def wrong(x, branch, gate, program, block, tokens, width):
         where = at(program, block) if at else program * block + torch.arange(block)
         mask = inside(where, block, len(x)) if inside else where < len(x)
         of_gate = gate_at(where, tokens, width) if gate_at else where // (tokens * width) * width + where % width
-        value = x.load(where, mask) + gate.load(of_gate, mask) * branch.load(where, mask)
+        read = first(mask) if first else mask
+        value = x.load(where, read) + gate.load(of_gate, read) * branch.load(where, read)
         return where, value, last(mask) if last else mask
 
     return wrong
@@ -97,13 +109,14 @@ GATED_BLOCK = Exercise(
         "there is no mask: the last program writes into somebody else's memory": _gated(inside=lambda at, block, size: torch.ones(block, dtype=torch.bool)),
         "the mask compares lanes, not addresses, with the size": _gated(inside=lambda at, block, size: torch.arange(block) < size),
         "the loads are masked and the store is not": _gated(last=torch.ones_like),
+        "the store is masked and the loads are not": _gated(first=torch.ones_like),
         "`program` is ignored: every program does the first block": _gated(at=lambda program, block: torch.arange(block)),
         "program and lane are added without the block between them": _gated(at=lambda program, block: program + torch.arange(block)),
         "all samples get the gate of the first": _gated(gate_at=lambda at, tokens, width: at % width),
         "the gate's row is counted in tokens; it has one row per sample": _gated(gate_at=lambda at, tokens, width: at),
         "the gate's address counts `tokens` as its width": _gated(gate_at=lambda at, tokens, width: at // (tokens * width) * tokens + at % width),
     },
-    observe=lambda result, arguments: stored(result, len(arguments[0])),
+    observe=lambda result, arguments: (stored(result, len(arguments[0])), strays(arguments)),
 )
 
 
@@ -162,7 +175,7 @@ NORMED_ROW = Exercise(
         "the mask lets one address too many through": _normed(inside=lambda lane, width: lane <= width),
         "the mean is not subtracted: that is an RMS-norm": _normed(mean=lambda value, width: 0.0),
     },
-    observe=lambda result, arguments: stored(result, len(arguments[0]) // arguments[4] * arguments[3]),
+    observe=lambda result, arguments: (stored(result, len(arguments[0]) // arguments[4] * arguments[3]), strays(arguments)),
 )
 
 

@@ -30,6 +30,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,11 +85,11 @@ def fitting_size(height: int, width: int, factor: int, least: int, most: int) ->
 
 
 def exact(prepare: Callable) -> Callable:
-    """A judge's `prepare` outside autocast, which would round its matrix products."""
+    """A judge's `prepare` outside autocast, which would round its matrix products. Shapes alone (the meta device) know no autocast."""
 
     @functools.wraps(prepare)
     def wrapped(self: Judge, picture: Tensor) -> Tensor:
-        with torch.autocast(picture.device.type, enabled=False):
+        with nullcontext() if picture.is_meta else torch.autocast(picture.device.type, enabled=False):
             return prepare(self, picture)
 
     return wrapped
