@@ -161,6 +161,31 @@ def test_imgedits_layout(tmp_path):
     assert found["full"]["ImgEdit"]["groups"] == {"adjust": 3.0} and found["full"]["SC"]["groups"] == {"adjust": 3.0, "style": 4.0} and "intersection" not in found
 
 
+@pytest.mark.parametrize("place", ["singleturn/judge_prompt.json", "judge_prompt.json", "prompts.json"])
+def test_imgedits_own_questions(place, tmp_path):
+    """They are found beside the list of edits or above it, under both published names, with the pictures beside it or in singleturn/. A case
+    whose question has changed is judged again, and two runs with other questions have no case in common."""
+    folder = tmp_path / "Benchmark"
+    (folder / "singleturn" / "animal").mkdir(parents=True)
+    photo(1).save(folder / "singleturn" / "animal" / "1.jpg")
+    listed = folder / ("basic_edit.json" if place == "prompts.json" else "singleturn/singleturn.json")
+    listed.write_text(json.dumps({"7": {"id": "animal/1.jpg", "prompt": "paint it", "edit_type": "adjust"}}))
+    (folder / place).write_text(json.dumps({"adjust": "Grade this: <edit_prompt>."}))
+    photo(50).save(tmp_path / "7.png")
+
+    def measured(out):
+        judge, cases = Script(), b.read_benchmark("imgedit", folder)
+        list(b.measure("imgedit", b.find_edits(cases, tmp_path), out, judge))
+        return [t for _, t in judge.asked]
+
+    assert "Grade this: paint it." in measured(tmp_path / "out") and not measured(tmp_path / "out")
+    assert json.loads((tmp_path / "out/result.json").read_text())["sets"]["full"]["ImgEdit"]["mean"] == pytest.approx(11 / 3)
+    (folder / place).write_text(json.dumps({"adjust": "Rate this: <edit_prompt>."}))
+    assert "Rate this: paint it." in measured(tmp_path / "out")
+    (folder / place).unlink()
+    assert measured(tmp_path / "without") and b.compare(tmp_path / "out", tmp_path / "without")["cases"] == 0
+
+
 def write_dreambooth(folder):
     (folder / "dataset").mkdir(parents=True)
     for subject in ("dog6", "can"):
@@ -235,6 +260,64 @@ def test_a_stopped_run_goes_on(gedit, tmp_path):
     assert last.calls == 0
 
 
+def test_two_runs_are_compared_case_by_case(gedit, tmp_path, encoders):
+    """Against the definitions by hand: means, their difference, its standard error and the share of better cases, over the cases that both
+    runs could read; a run with another judge or encoder is refused before anything is judged."""
+    run(gedit, tmp_path / "one", Script())
+    run(gedit, tmp_path / "two", Script({0: [4, 8], 1: [1, 1], 2: [9, 9], 3: "no idea"}))
+    found = b.compare(tmp_path / "two", tmp_path / "one")
+    two, one = np.array([4, 1, 9, 4, 5]), np.array([0, 1, 2, 4, 5])
+    off = two - one
+    expected = {"here": two.mean(), "there": one.mean(), "difference": off.mean(), "standard error": off.std(ddof=1) / 5**0.5, "better": 0.7, "n": 5}
+    assert found["cases"] == 6 and found["metrics"]["SC"] == pytest.approx(expected)
+    judge = Script()
+    pairs = b.find_edits(b.read_benchmark("gedit", gedit[0]), gedit[1])
+    with pytest.raises(InputError, match="one: measured with another dino; such numbers do not compare"):
+        list(b.measure("gedit", pairs, tmp_path / "three", judge, dino=encoders["dino"], against=[tmp_path / "one"]))
+    assert not judge.asked and not (tmp_path / "three").exists()
+    with pytest.raises(InputError, match="no run of vlmedit bench"):
+        b.compare(tmp_path / "one", tmp_path)
+
+
+def test_a_run_that_came_to_nothing_binds_nobody(gedit, tmp_path, encoders):
+    """The record holds from the first case on; records and cases that are damaged are named."""
+    with pytest.raises(KeyboardInterrupt):
+        run(gedit, tmp_path / "out", Script(stop=1))
+    run(gedit, tmp_path / "out", Script(), dino=encoders["dino"])
+    for name in ("cases/k1.json", "record.json"):
+        whole = (tmp_path / "out" / name).read_text()
+        (tmp_path / "out" / name).write_text(whole[:20])
+        with pytest.raises(InputError, match=f"{name}: damaged .*delete it"):
+            run(gedit, tmp_path / "out", Script(), dino=encoders["dino"])
+        (tmp_path / "out" / name).write_text(whole)
+
+
+def test_pictures_are_checked_before_any_is_judged(gedit, tmp_path):
+    """Edits and references that are no pictures, and a subject without any, are all named at once by their headers."""
+    (gedit[1] / "fullset" / TASKS[1] / "en" / "k5.png").write_bytes(b"\x89PNG broken")
+    judge = Script()
+    with pytest.raises(InputError, match="k5.png: not a picture .*make it again"):
+        run(gedit, tmp_path / "out", judge)
+    assert not judge.asked
+    (gedit[0] / "1.png").unlink()
+    (gedit[0] / "2.png").write_text("words")
+    with pytest.raises(InputError) as found:
+        b.read_benchmark("gedit", gedit[0])
+    assert len(found.value.problems) == 2 and "1.png: no such picture; download" in str(found.value) and "2.png: not a picture" in str(found.value)
+    folder = write_dreambooth(tmp_path / "d")
+    for path in (folder / "dataset" / "can").iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match="can: no picture of this subject"):
+        b.read_benchmark("dreambooth", folder)
+
+
+def test_pictures_are_judged_as_the_trainer_sees_them(tmp_path):
+    """16 bits are scaled, not clipped; what is transparent is paper."""
+    Image.fromarray(np.full((32, 32), 32768, np.uint16)).save(tmp_path / "deep.png")
+    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "glass.png")
+    assert np.asarray(b.open_picture(tmp_path / "deep.png")).mean() == pytest.approx(128, abs=1) and np.asarray(b.open_picture(tmp_path / "glass.png")).min() == 255
+
+
 def test_the_judge_is_on_record(gedit, tmp_path, encoders):
     """Class, weights and questions are written down; another judge in the same folder is refused, for the numbers would not compare."""
     judge = load_judge(tiny.save_judge("internvl", tmp_path / "j"))
@@ -273,6 +356,11 @@ def test_what_cannot_be_measured_is_refused(gedit, tmp_path, capsys):
         ([*base, "--judge", "x"], "1 of 6 edits are missing, for example fullset/color_alter/en/k2.png; --partial"),
         ([*base, "--judge", "someone/judge", "--partial"], "--judge someone/judge: no vision-language model"),
         ([*base, "--clip", str(gedit[0]), "--partial"], "not a picture encoder"),
+        ([*base, "--clip", str(tiny.save_encoder("dino", tmp_path / "dino")), "--partial"], "is ViTModel, which has no words; name a CLIP"),
+        ([*base, "--dino", str(tiny.save_encoder("clip", tmp_path / "clip")), "--partial"], "is CLIPModel, which has words; name a DINO"),
+        ([*base, "--judge", "x", "--model", "shapes"], "--model shapes: no editor of real models that vlmedit export wrote"),
+        ([*base, "--judge", "x", "--against", "nowhere"], "--against nowhere: no result.json of a finished vlmedit bench"),
+        ([*base, "--judge", "x", "--seed", "-1"], "--seed is -1"),
         (["bench", "imgedit", *base[2:], "--judge", "x"], "no singleturn.json"),
         (["bench", "dreambooth", *base[2:], "--judge", "x"], "no prompts_and_classes.txt"),
         ([*base, "--judge", "x", "--language", "cn"], "1 of 1 edits are missing"),
@@ -283,9 +371,6 @@ def test_what_cannot_be_measured_is_refused(gedit, tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert run(gedit, tmp_path / "out", Script(), partial=True)["cases"] == 5
-    (gedit[1] / "fullset" / TASKS[0] / "en" / "k4.png").write_bytes(b"\x89PNG broken")
-    with pytest.raises(InputError, match="k4.png: not a picture"):
-        run(gedit, tmp_path / "out", Script(), partial=True)
 
 
 def test_keys_become_safe_names(tmp_path):

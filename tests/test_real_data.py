@@ -2,10 +2,12 @@
 
 import io
 import json
+import os
 import re
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from vlmedit.real.datasets import (
     thing_removed,
     write_items,
 )
+from vlmedit.real.feed import load_fitted
 from vlmedit.real.requests import Book, batch_of
 from vlmedit.real.shards import read_shards, write_shards
 
@@ -153,7 +156,7 @@ def test_answers_that_are_refused(reason, folder, tmp_path):
 
 
 def test_every_reason_has_a_test():
-    assert set(p.REASONS) == {*BAD, "unreadable", "seen before", "twice for one picture", "too common"}
+    assert set(p.REASONS) == {*BAD, "unreadable", "unsuitable", "seen before", "twice for one picture", "too common"}
 
 
 def test_doubles_and_broken_files(folder, tmp_path):
@@ -170,6 +173,43 @@ def test_doubles_and_broken_files(folder, tmp_path):
     found = report(tmp_path / "out")
     assert found["refusals"]["seen before"]["times"] == 3 and found["refusals"]["unreadable"]["times"] == 1
     assert found["refusals"]["twice for one picture"]["times"] == 8 and found["kept"] == 3 and found["refusals"]["too common"]["times"] == 5
+
+
+def test_pictures_are_shown_as_the_trainer_shows_them(tmp_path):
+    """What the model describes is what training loads, 16 bits, transparency, CMYK and a turned photo included; pictures that `vlmedit edit`
+    refuses (animated, tiny, very long) and other formats are passed over and counted."""
+    folder = tmp_path / "pictures"
+    (folder / "Bücher 图").mkdir(parents=True)
+    rows = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(rows).save(folder / "deep.png")
+    glass = photo(1, (64, 64)).convert("RGBA")
+    glass.putalpha(Image.linear_gradient("L").resize((64, 64)))
+    glass.save(folder / "Bücher 图" / "glass.png")
+    photo(2, (64, 64)).convert("CMYK").save(folder / "print.jpg", quality=95)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    photo(3, (96, 64)).save(folder / "turned.jpg", exif=turned)
+    photo(4).save(folder / "moves.png", save_all=True, append_images=[photo(5)])
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    photo(6, (400, 40)).save(folder / "long.png")
+    photo(7).save(folder / "other.tiff")
+    seen = {f.name: None for f in read_dataset(folder)}
+    for found in read_dataset(folder):
+        try:
+            seen[found.name] = found.picture()
+        except InputError as error:
+            assert found.name in ("moves.png", "dot.png", "long.png"), error
+    shown = {name: image for name, image in seen.items() if image}
+    assert len(shown) == 4 and shown["turned.jpg"].size == (64, 96)
+    for name, image in shown.items():
+        fitted = load_fitted(folder / name, image.size)
+        assert (fitted - writers.to_tensor(image, 999)).abs().max() < 1e-6, name
+    assert np.asarray(shown["deep.png"]).std() > 50  # not clipped to white
+    assert np.asarray(shown["Bücher 图/glass.png"])[0].mean() > 250  # transparent is paper
+    run(folder, tmp_path / "out", Script(), batch=3)
+    found = report(tmp_path / "out")
+    assert found["refusals"]["unsuitable"]["times"] == 3 and "animated, 2 frames" in json.dumps(found) + (tmp_path / "out" / "journal.jsonl").read_text()
+    assert found["skipped"]["another format"]["times"] == 1 and {Path(i.image).name for i in read_items(tmp_path / "out" / "manifest.jsonl")} == {Path(n).name for n in shown}
 
 
 def test_looks_are_compared_through_bands():
@@ -489,6 +529,29 @@ def test_targets_are_never_read(layout, tmp_path, opened):
     assert not any(n.rpartition("/")[2] in path.read_text() for n in targets for path in (tmp_path / "out").glob("*.json*"))
 
 
+@pytest.mark.parametrize("run_from", ["parent", "folder", "elsewhere"])
+def test_pico_bananas_mapped_paths(run_from, tmp_path, monkeypatch):
+    """The mapping script writes paths as seen from where it was run: from the folder's parent (as published), from the folder, or whole; a
+    picture that it did not find has no path. The picture is found for each, and never outside the folder."""
+    folder = tmp_path / "work" / "openimages"
+    (folder / "openimage_source_images" / "train_0").mkdir(parents=True)
+    monkeypatch.chdir({"parent": folder.parent, "folder": folder, "elsewhere": tmp_path}[run_from])
+    photo(0).save(folder / "openimage_source_images" / "train_0" / "a.jpg")
+    start = {"parent": "openimages/", "folder": "", "elsewhere": f"{folder}/"}[run_from]
+    rows = [
+        {"open_image_input_url": "https://somewhere/x_o.jpg", "text": SAID[1], "edit_type": "Zoom in", "local_input_image": f"{start}openimage_source_images/train_0/a.jpg"},
+        {"open_image_input_url": "https://somewhere/y_o.jpg", "text": SAID[0], "edit_type": "Zoom in", "local_input_image": None},
+    ]
+    (folder / f"sft{MAPPED}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for place in (folder, Path(os.path.relpath(folder))):
+        first, second = read_dataset(place, "pico-banana")
+        assert first.picture().size == (96, 64) and first.type == "color" and second.name == "y_o.jpg" and not second.path.exists()
+    photo(1).save(tmp_path / "work" / "secret.jpg")
+    (folder / f"sft{MAPPED}.jsonl").write_text(json.dumps({**rows[0], "local_input_image": "../secret.jpg"}) + "\n")
+    with pytest.raises(InputError, match="leads out of the data set's folder"):
+        list(read_dataset(folder, "pico-banana"))
+
+
 def test_a_parquet_rows_target_is_not_read(tmp_path):
     """MagicBrush's parquet with the bytes of the target's column destroyed on the disk: reading that column fails, our reader does not notice."""
     pyarrow = pytest.importorskip("pyarrow")
@@ -524,6 +587,8 @@ def test_a_parquet_rows_target_is_not_read(tmp_path):
 def test_types_and_things_by_name():
     names = {"subject-remove": "remove", "color_alter": "color", "material_alter": "material", "motion_change": "action", "background_change": "background", "style_change": "style"}
     names |= {"text_change": "text", "subject-add": "add", "subject-replace": "replace", "Add a new object to the scene": "add", "tone_transfer": "style", "ps_human": "other"}
+    names |= {"Add film grain or vintage filter": "style", "Add new scene context/background": "background", "Strong artistic style transfer (e.g., Van Gogh/anime/etc.)": "style"}
+    names |= {"Replace one object category with another": "replace", "Outpainting (extend canvas beyond boundaries)": "other", "Add a vintage car": "add"}
     assert {n: kind_of(n) for n in names} == names
     assert kind_of("ps_human", "Make her smile") == "action"
     things = {"Remove the red flag and its pole from the left.": "the red flag", "please erase a cat": "a cat", "Get rid of the old man in the boat": "the old man", "Make it red": None}
@@ -750,6 +815,23 @@ def test_tar_shards_are_webdatasets(manifest, tmp_path):
     with tarfile.open(path) as tar:
         names = tar.getnames()
     assert names[:4] == ["000000000.png", "000000000.json", "000000001.png", "000000001.json"]
+
+
+def test_manifests_of_other_programs(tmp_path, manifest):
+    """A byte order mark, Windows line ends and Unicode's own line breaks within a text are read; a folder in place of a manifest is told apart."""
+    items = [Item("a.png", "Write \u2028 and \x85 on it.", "text", None, "a wall", "a wall with words"), Item("b.png", "Übermale es", "color", None, "x y z", "z y x")]
+    write_items(items, tmp_path / "own.jsonl")
+    assert [i.instruction for i in read_items(tmp_path / "own.jsonl")] == [i.instruction for i in items]
+    (tmp_path / "foreign.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "own.jsonl").read_bytes().replace(b"\n", b"\r\n"))
+    assert read_items(tmp_path / "foreign.jsonl") == read_items(tmp_path / "own.jsonl")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "merged_edit_data.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([{"input_image_path": "a.png", "edit_instruction": "Make it red"}]).encode())
+    assert [f.instruction for f in read_dataset(tmp_path / "set", "npedit")] == ["Make it red"]
+    with pytest.raises(InputError, match="a folder, not a manifest; vlmedit data prepare makes one"):
+        read_items(tmp_path / "set")
+    (tmp_path / "set" / "manifest.jsonl").write_text("")
+    with pytest.raises(InputError, match="a folder, not a manifest; name .*set/manifest.jsonl"):
+        read_items(tmp_path / "set")
 
 
 def test_wrong_manifests_are_refused(tmp_path, manifest):

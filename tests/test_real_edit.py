@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from peft import LoraConfig
 from PIL import Image
+from safetensors import SafetensorError
 
 from vlmedit.cli import main, read_settings, typed
-from vlmedit.real import editor
+from vlmedit.real import editor, tiny
+from vlmedit.real import export as exporting
 from vlmedit.real.backbones import Channels, family_of, load_transformer, widen
 from vlmedit.real.export import ABOUT, CODE, LORA_FILE, export
 from vlmedit.real.rehearsal import made
@@ -37,7 +42,11 @@ def editors(tmp_path_factory):
     """Exported folders of runs whose students are random, made when they are first asked for. Not to be written to."""
     folder, found = tmp_path_factory.mktemp("editors"), {}
 
-    def make(backbone: str, kind: str = "full") -> Path:
+    def make(backbone: str, kind: str = "full", dtype: torch.dtype = torch.float32) -> Path:
+        if dtype != torch.float32:
+            make(backbone, kind)
+            out = folder / f"{backbone}-{kind}-{str(dtype)[6:]}"
+            return out if out.is_dir() else export(folder / f"{backbone}-{kind}-run", out, kind, dtype)
         if (backbone, kind) in found:
             return found[backbone, kind]
         place = made(f"tiny:{backbone}", folder, "backbone")
@@ -86,7 +95,8 @@ def array(path) -> np.ndarray:
 def by_the_card(folder: Path, photo: Path, size: tuple[int, int], seed: int) -> Image.Image:
     """The picture that the card's own program draws."""
     program = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
-    for there, here in (("THIS_FOLDER", str(folder)), ("dog.png", str(photo)), ("(512, 512)", f"{size}, 1"), ("make the dog red", WORDS)):  # 1: Lanczos
+    trained = str(tuple(int(v) for v in re.search(r"resize\(\((\d+), (\d+)\)\)", program).groups()))
+    for there, here in (("THIS_FOLDER", str(folder)), ("dog.png", str(photo)), (trained, f"{size}, 1"), ("make the dog red", WORDS)):  # 1: Lanczos
         assert there in program
         program = program.replace(there, here)
     lines, names = program.strip().split("\n"), {}
@@ -114,6 +124,19 @@ def test_an_edit_is_the_pipelines_own(editors, photo, tmp_path, backbone, kind):
     own = by_the_card(folder, photo, size, 3)
     assert own.size == size and array(tmp_path / "e.png").std() > 2
     assert (array(tmp_path / "e.png") == np.asarray(own.resize(SIZE, Image.Resampling.LANCZOS))).all()
+
+
+@pytest.mark.parametrize("backbone, kind", EDITORS)
+def test_the_card_runs_in_the_precision_of_the_command(editors, photo, tmp_path, backbone, kind):
+    """`vlmedit export` writes bf16: the card's program, as it stands, loads that without this package and draws what float32 draws, but for
+    rounding. Without a precision in it, transformers' parts would come in bf16 and diffusers' in float32, and most families would fail."""
+    size = (128, 64) if backbone == "flux2" else (96, 48)
+    program = (editors(backbone, kind, torch.bfloat16) / "README.md").read_text()
+    assert "torch_dtype=torch.bfloat16" in program and f"resize(({'128, 128' if backbone == 'flux2' else '64, 64'}))" in program
+    low = np.asarray(by_the_card(editors(backbone, kind, torch.bfloat16), photo, size, 5)).astype(float)
+    high = np.asarray(by_the_card(editors(backbone, kind), photo, size, 5)).astype(float)
+    assert low.shape == high.shape == (size[1], size[0], 3) and np.abs(low - high).mean() < 0.5 * high.std()
+    assert np.corrcoef(low.ravel(), high.ravel())[0, 1] > 0.8
 
 
 def test_folders_manifests_samples_and_going_on(editors, photo, tmp_path, capsys):
@@ -185,6 +208,189 @@ def test_an_id_of_the_hub_is_its_folder(editors, photo, tmp_path, monkeypatch):
     assert edit(photo, WORDS, tmp_path / "id.png", "somebody/editor") == 0
     assert edit(photo, WORDS, tmp_path / "folder.png", folder) == 0
     assert (array(tmp_path / "id.png") == array(tmp_path / "folder.png")).all()
+
+
+# To the Hub
+
+
+class Hub:
+    """Records what is uploaded, as the client's calls would send it."""
+
+    def __init__(self):
+        self.files, self.private = {}, None
+
+    def create_repo(self, name, private, exist_ok):
+        self.private = private
+        return SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
+
+    def upload_folder(self, folder_path, repo_id, ignore_patterns):
+        self.files |= {str(p.relative_to(folder_path)): p.read_bytes() for p in Path(folder_path).rglob("*") if p.is_file() and p.name not in ignore_patterns}
+
+    def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
+        self.files[path_in_repo] = path_or_fileobj
+
+
+@pytest.mark.parametrize("backbone, kind", [("flux", "full"), ("z-image", "adapter")])
+def test_what_is_pushed_runs_by_its_name(editors, photo, tmp_path, monkeypatch, capsys, backbone, kind):
+    """A folder that was exported before is uploaded by the command; the card on the Hub runs from the repository's name alone and draws what
+    the folder draws. An adapter of a base in a folder is refused until the base is named by an id."""
+    hub, folder = Hub(), shutil.copytree(editors(backbone, kind), tmp_path / "copy")
+    monkeypatch.setattr(exporting, "reachable", lambda: True)
+    monkeypatch.setattr(exporting, "HfApi", lambda: hub)
+    if kind == "adapter":
+        assert main(["export", str(folder), "--push", "me/editor"]) == 2 and "a folder that nobody else has" in capsys.readouterr().err
+        about = json.loads((folder / ABOUT).read_text())
+        (folder / ABOUT).write_text(json.dumps({**about, "base": "me/base"}))
+    assert main(["export", str(folder), "--push", "editor", "--json", str(tmp_path / "r.json")]) == 0
+    assert hub.private and json.loads((tmp_path / "r.json").read_text())["address"] == "https://huggingface.co/me/editor"
+    for name, content in hub.files.items():
+        (tmp_path / "there" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "there" / name).write_bytes(content)
+    card = hub.files["README.md"].decode()
+    assert "THIS_FOLDER" not in card and "--model me/editor" in card and 'folder = snapshot_download("me/editor")' in card
+    assert {p.name for p in folder.iterdir()} == {n.split("/")[0] for n in hub.files}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: {"me/editor": str(tmp_path / "there")}[name])
+    (tmp_path / "there" / "README.md").write_text(card.replace('"dog.png"', '"dog.png" or "THIS_FOLDER"'))  # what by_the_card looks for
+    drawn = [np.asarray(by_the_card(place, photo, (64, 48), 2)) for place in (tmp_path / "there", folder)]
+    assert (drawn[0] == drawn[1]).all()
+
+
+def test_the_hub_refuses(editors, tmp_path, monkeypatch, capsys):
+    """No network, no login, no such owner, no name: one message, the last before anything is exported; what is exported stays, and the message
+    tells how to push it."""
+    folder, refusal = editors("flux"), []
+
+    class Closed(Hub):
+        def create_repo(self, *args, **kwargs):
+            raise refusal[0]
+
+    later = f"vlmedit export {folder} --push me/editor"
+    assert main(["export", str(folder), "--push", "me/editor"]) == 2
+    said = capsys.readouterr().err
+    assert "the Hub cannot be reached" in said and later in said
+    monkeypatch.setattr(exporting, "reachable", lambda: True)
+    monkeypatch.setattr(exporting, "HfApi", Closed)
+    for error, words in ((HfHubHTTPError.__bases__[0]("Name or service not known"), "cannot be reached or refuses"), (LocalTokenNotFoundError("no token"), "hf auth login")):
+        refusal[:] = [error]
+        assert main(["export", str(folder), "--push", "me/editor"]) == 2
+        said = capsys.readouterr().err
+        assert words in said and later in said
+    assert main(["export", str(tmp_path), "--out", str(tmp_path / "e"), "--push", "no//name"]) == 2 and "no name of a repository" in capsys.readouterr().err
+    assert main(["export", str(folder)]) == 2 and "exported already; upload it with --push" in capsys.readouterr().err
+    assert main(["export", str(tmp_path)]) == 2 and "--out is missing" in capsys.readouterr().err
+
+
+def test_runs_that_are_not_whole_are_not_exported(editors, tmp_path, capsys):
+    """A student, a configuration or a backbone that is cut short or gone is named before a weight is read."""
+    editors("z-image", "adapter")
+    whole = editors("z-image", "adapter").parent / "z-image-adapter-run"
+    spoil = {
+        f"model/{LORA_FILE}": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "is cut off or damaged"),
+        "config.json": (lambda p: p.write_text(p.read_text()[:-20]), "config.json is no JSON"),
+        "config.json ": (lambda p: p.write_text(re.sub(r'"backbone": "[^"]*"', '"backbone": "nobody/base"', p.read_text())), "the run's backbone: nobody/base: no such folder, and no model of the Hub"),
+    }
+    for name, (damage, said) in spoil.items():
+        run = shutil.copytree(whole, tmp_path / "run", dirs_exist_ok=True)
+        damage(run / name.strip())
+        for kind in ("full", "adapter"):
+            assert main(["export", str(run), "--out", str(tmp_path / "out"), "--kind", kind]) == 2
+            assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_an_export_onto_a_full_disk_leaves_nothing(editors, tmp_path, monkeypatch, capsys, kind):
+    """A disk that is seen to be too small is named before a weight is read; one that fills up while writing, as each library reports it, is
+    one message, and nothing half-written stays."""
+    editors("z-image", "adapter")
+    run = editors("z-image", "adapter").parent / "z-image-adapter-run"
+    command = ["export", str(run), "--out", str(tmp_path / "there" / "out"), "--kind", kind]
+    with monkeypatch.context() as small:
+        small.setattr("vlmedit.pictures.free_bytes", lambda path: 2**20)
+        small.setattr(exporting, "write_parts", lambda *_: pytest.fail("weights were read first"))
+        assert main(command) == 2 and "the disk is full: 1 MB free" in capsys.readouterr().err
+    for error in (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), OSError(errno.ENOSPC, "No space left on device")):
+        with monkeypatch.context() as full:
+
+            def card(*_, error=error):
+                raise error
+
+            full.setattr(exporting, "card", card)  # the last but one of the files
+            assert main(command) == 2 and "out: the disk is full; make room" in capsys.readouterr().err
+        assert not list((tmp_path / "there").iterdir())
+    assert main(command) == 0 and (tmp_path / "there/out" / ABOUT).is_file()
+
+
+def test_the_card_of_a_warm_up_promises_no_edits(editors):
+    """A copy warm-up may be exported to look at; its card says what it is."""
+    whole = editors("z-image", "adapter").parent / "z-image-adapter-run"
+    settings = json.loads((whole / "config.json").read_text())
+    text = exporting.card({**settings, "text_dropout": 0.1}, "ZImageTransformer2DModel", "full")
+    assert "# A copy warm-up" in text and "judge" not in text.split("|---|---|")[1].split("The license")[0] and "does not edit yet" in text
+
+
+# Settings of the runs that are exported
+
+
+def test_a_runs_settings_start_another(editors, tmp_path, capsys):
+    """`--config RUN/config.json`, as --help says: the settings a run has saved are taken as they are; a side by --set is refused still."""
+    config = editors("z-image", "adapter").parent / "z-image-adapter-run" / "config.json"
+    words = ["train", "npedit", "--config", str(config), "--out", str(tmp_path / "new"), "--dry-run"]
+    assert main([*words, "--json", str(tmp_path / "r.json")]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["pictures_per_update"] == json.loads(config.read_text())["batch"]
+    capsys.readouterr()
+    assert main([*words, "--set", "side=32"]) == 2 and "a real run's pictures come in buckets" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("train", "grpo", "--config", "tiny"), "real models are trained by the stages npedit and warmup, not grpo: vlmedit train npedit --config tiny"),
+        (("train", "--config", "tiny"), "not main"),
+        (("train", "npedit", "--config", "zimage_refcopy"), "text_dropout, time_shift: settings of the copy warm-up"),
+    ],
+)
+def test_settings_of_another_stage_are_told_apart(words, said, capsys):
+    assert main(list(words)) == 2 and said in capsys.readouterr().err
+
+
+def test_a_class_that_cannot_be_counted_is_one_message(editors, tmp_path, capsys):
+    run = editors("z-image", "adapter").parent / "z-image-adapter-run"
+    place = shutil.copytree(json.loads((run / "config.json").read_text())["backbone"], tmp_path / "odd")
+    about = place / "transformer/config.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "_class_name": "UNet2DConditionModel"}))
+    assert main(["train", "npedit", "--config", str(run / "config.json"), "--out", str(tmp_path / "new"), "--set", f"backbone={place}", "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be counted: no adapter for UNet2DConditionModel" in said and "Traceback" not in said
+
+
+# Benchmarks
+
+
+def test_a_benchmarks_edits_are_drawn(editors, photo, tmp_path, capsys):
+    """`vlmedit bench --model` draws what is missing, at the references' sizes and as `vlmedit edit` draws it, leaves alone what is there, and
+    refuses to mix two editors; the second run is compared with the first."""
+    folder = tmp_path / "bench" / "singleturn"
+    folder.mkdir(parents=True)
+    shutil.copy(photo, folder / "a.png")
+    Image.open(photo).rotate(90, expand=True).save(folder / "b.png")
+    (folder / "singleturn.json").write_text(json.dumps({k: {"id": f"{k}.png", "prompt": WORDS, "edit_type": "style"} for k in "ab"}))
+    clip = str(tiny.save_encoder("clip", tmp_path / "clip"))
+
+    def bench(name, *more):
+        return main(["bench", "imgedit", str(tmp_path / "bench"), "--edits", str(tmp_path / name), "--out", str(tmp_path / f"{name}-out"), "--clip", clip, *map(str, more)])
+
+    assert bench("one", "--model", editors("z-image"), "--seed", 4) == 0
+    assert edit(folder / "b.png", WORDS, tmp_path / "b.png", editors("z-image"), "--seed", 4) == 0
+    assert (array(tmp_path / "one/b.png") == array(tmp_path / "b.png")).all() and Image.open(tmp_path / "one/a.png").size == SIZE
+    photo_bytes = (tmp_path / "one/a.png").read_bytes()
+    (tmp_path / "one/b.png").unlink()
+    assert bench("one", "--model", editors("z-image"), "--seed", 4) == 0
+    assert (tmp_path / "one/a.png").read_bytes() == photo_bytes and (array(tmp_path / "one/b.png") == array(tmp_path / "b.png")).all()
+    assert bench("one", "--model", editors("flux")) == 2 and "holds edits of another model, seed" in capsys.readouterr().err
+    assert bench("two", "--model", editors("z-image"), "--seed", 5, "--against", tmp_path / "one-out", "--json", tmp_path / "r.json") == 0
+    found = json.loads((tmp_path / "r.json").read_text())["against"][0]
+    assert found["cases"] == 2 and "2 cases that both have" in capsys.readouterr().out
+    assert found["metrics"]["CLIP-I"]["here"] == pytest.approx(json.loads((tmp_path / "two-out/result.json").read_text())["sets"]["full"]["CLIP-I"]["mean"])
 
 
 # Code that comes with a folder

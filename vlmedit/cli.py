@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import sys
 import time
@@ -270,7 +271,9 @@ def train(
         check_writable(out, "folder")
         check_space(out, RUN_BYTES)
     given = (read_settings(config) if config else {}) | parse_pairs(set) | ({"out": str(out)} if out else {})
-    if stage in ("npedit", "warmup") and "backbone" in given:
+    if "backbone" in given:
+        if stage not in ("npedit", "warmup"):
+            raise InputError(f"the settings name a backbone, and real models are trained by the stages npedit and warmup, not {stage}: vlmedit train npedit --config {config or 'FILE'}")
         result = train_real(stage, tier, given, dry_run)
     elif dry_run:
         raise InputError("--dry-run counts runs of real models; the settings name no backbone (--config zimage_internvl, for example)")
@@ -377,11 +380,21 @@ def train_real(stage: str, tier: str, given: dict, dry_run: bool) -> dict:
     from vlmedit.real.settings import CopyConfig, RealConfig
 
     config_class = RealConfig if stage == "npedit" else CopyConfig
+    fields = lambda c: {f.name for f in dataclasses.fields(c)}
+    if stage == "npedit" and (copying := sorted(given.keys() & (fields(CopyConfig) - fields(RealConfig)))):
+        raise InputError(f"{', '.join(copying)}: settings of the copy warm-up, not of npedit; run vlmedit train warmup with them")
+    if given.get("side") == RealConfig.side:  # as a run's config.json has it
+        given = {k: v for k, v in given.items() if k != "side"}
     config = config_class.make(tier, **typed(config_class, given))
     if dry_run:
         from vlmedit.real import plan
 
-        found = plan.plan(config)
+        try:
+            found = plan.plan(config)
+        except InputError:
+            raise
+        except ValueError as error:  # a class that nobody here knows
+            raise InputError(f"cannot be counted: {str(error).splitlines()[0]}") from error
         plan.show(found)
         return {"stage": stage, "dry_run": True, **found.report()}
     check_writable(Path(config.out), "folder")
@@ -549,6 +562,7 @@ def data_prepare(source: Path, out: Path, vlm: str, llm: str, layout: str, kinds
         raise InputError("--vlm is missing: name a vision-language model by folder or id, for example --vlm Qwen/Qwen2.5-VL-7B-Instruct")
     from accelerate.utils.environment import get_cpu_distributed_information
 
+    from vlmedit.models.pipeline import quiet
     from vlmedit.real.datasets import check_dataset
     from vlmedit.real.prepare import KINDS, Settings, prepare
     from vlmedit.real.writers import load_writer
@@ -556,8 +570,9 @@ def data_prepare(source: Path, out: Path, vlm: str, llm: str, layout: str, kinds
     settings = Settings(str(source), layout, vlm, llm or None, kinds or tuple(KINDS), per_picture, side, seed)
     launched = get_cpu_distributed_information()  # of any launcher, by its environment; there is nothing to exchange
     check_dataset(source, layout)
-    writer = load_model(load_writer, "--vlm", vlm)
-    scribe = load_model(load_writer, "--llm", llm) if llm else None
+    with quiet():
+        writer = load_model(load_writer, "--vlm", vlm)
+        scribe = load_model(load_writer, "--llm", llm) if llm else None
     with _progress() as progress:
         task = progress.add_task("pictures", total=None, note="", visible=launched.rank == 0)
         for step in prepare(out, settings, writer, scribe, batch, repeats, launched.rank, launched.world_size):
@@ -578,6 +593,9 @@ def bench(
     judge: str = "",
     clip: str = "",
     dino: str = "",
+    model: str = "",
+    seed: int = 0,
+    against: tuple[Path, ...] = (),
     language: Literal["en", "cn"] = "en",
     batch: int = 4,
     side: int = 1024,
@@ -586,7 +604,8 @@ def bench(
 ) -> int:
     """Measure edited pictures on a public benchmark: VIEScore by a local judge, CLIP-T, CLIP-I and DINO.
 
-    The same command goes on where it was stopped. Writes cases/KEY.json with the judge's words, result.json and contact.png.
+    With --model an exported editor draws the edits first. The same command goes on where it was stopped. Writes cases/KEY.json with the
+    judge's words, result.json and contact.png.
 
     Args:
         name: The benchmark.
@@ -596,36 +615,70 @@ def bench(
         judge: A vision-language model by folder or id; it answers greedily.
         clip: A CLIP by folder or id, for CLIP-T and CLIP-I.
         dino: A DINO by folder or id, for example facebook/dino-vits16.
+        model: What `vlmedit export` wrote, by folder or id: draws the edits that are missing.
+        seed: Of the noise with --model, the same for each edit.
+        against: Results of other runs by the same judge and encoders: compares case by case, with standard errors.
         language: Of GEdit-Bench's instructions.
         batch: Cases at a time.
         side: Pixels of the longer side that the judge is shown at most.
         partial: Measure the edits that are there, even if some are missing.
     """
-    from vlmedit.real.benchmarks import Encoder, find_edits, measure, read_benchmark
+    from vlmedit.models.pipeline import quiet
+    from vlmedit.real.benchmarks import Encoder, compare, find_edits, measure, read_benchmark
     from vlmedit.real.judges import load_judge
 
-    _raise(_at_least(batch=(batch, 1), side=(side, 32)) + _check_json(json))
+    _raise(_at_least(batch=(batch, 1), side=(side, 32), seed=(seed, 0)) + _check_json(json))
     check_writable(out, "folder")
     if not (judge or clip or dino):
         raise InputError("nothing to measure with: name a --judge, a --clip or a --dino")
+    _raise([f"--against {other}: no result.json of a finished vlmedit bench in it" for other in against if not (other / "result.json").is_file()])
     cases = read_benchmark(name, folder, language)
+    if model:
+        bench_draw(name, cases, edits, model, seed, [judge] if judge else [])
     pairs = find_edits(cases, edits, partial)
-    models = [
-        load_model(load_judge, "--judge", judge) if judge else None,
-        *(load_model(Encoder, option, place, half=False) if place else None for option, place in (("--clip", clip), ("--dino", dino))),
-    ]
+    encoder = lambda option, place, words: load_model(functools.partial(Encoder, words=words), option, place, half=False) if place else None
+    with quiet():
+        models = [load_model(load_judge, "--judge", judge) if judge else None, encoder("--clip", clip, True), encoder("--dino", dino, False)]
     with _progress() as progress:
         task = progress.add_task(name, total=len(pairs), note="")
-        for done in measure(name, pairs, out, *models, language, batch, side, len(cases)):
+        for done in measure(name, pairs, out, *models, language, batch, side, len(cases), against):
             progress.update(task, completed=done)
     result = read_json(out / "result.json")
     for which, found in result["sets"].items():
         _table(f"{name}, {which} set, {found['n']} cases", {k: v["average"] for k, v in found.items() if k != "n"})
     if result["unreadable"]:
         _say(f"{result['unreadable']} of {len(pairs)} answers of the judge could not be read; they count in no average (see {out / 'cases'})")
+    for other in against:
+        result.setdefault("against", []).append(found := compare(out, other))
+        rows = {k: _difference(v) for k, v in found["metrics"].items()}
+        _table(f"against {other}, {found['cases']} cases that both have", rows)
     if json:
         save_json(result, json)
     return 0
+
+
+def _difference(found: dict) -> str:
+    """A metric of two runs, and how far they are apart."""
+    error = "" if found["standard error"] is None else f" (standard error {found['standard error']:.2g})"
+    return f"{found['here']:.4g} here, {found['there']:.4g} there: {found['difference']:+.3g}{error}, better in {found['better']:.0%}"
+
+
+def bench_draw(name: str, cases: list, edits: Path, model: str, seed: int, judges: list[str]) -> None:
+    """Draw the edits of a benchmark that are missing, after everything small is checked."""
+    from vlmedit.jobs import find_exported
+    from vlmedit.real import editor
+    from vlmedit.real.benchmarks import draw_edits
+    from vlmedit.real.loading import check_judge
+
+    exported = find_exported(model)
+    if exported is None:
+        raise InputError(f"--model {model}: no editor of real models that vlmedit export wrote; name its folder or id")
+    _raise([f"--{problem}" for place in judges for problem in check_judge(place)])
+    check_writable(edits, "folder")
+    with _progress() as progress, disk_errors(edits):
+        task = progress.add_task(f"edits of {name}", total=len(cases), note="")
+        for done in draw_edits(cases, edits, exported, editor.load, seed):
+            progress.update(task, completed=done)
 
 
 def read_json(path: Path) -> dict:
@@ -818,7 +871,7 @@ def _cell_outcome(cell) -> str:
 def export(
     run: Positional[Path],
     *,
-    out: Path,
+    out: Path | None = None,
     kind: Literal["full", "adapter"] = "full",
     push: str = "",
     json: JsonFile = None,
@@ -826,22 +879,31 @@ def export(
     """Write the student of a run on real models as a diffusers pipeline that needs nothing of this package.
 
     Args:
-        run: The folder of a finished run.
+        run: The folder of a finished run; with --push and no --out one that was exported before.
         out: A new folder.
         kind: full (a whole pipeline) or adapter (the LoRA weights alone).
         push: Also upload it to this repository of the Hub, OWNER/NAME; private.
     """
-    _raise(_check_json(json))
-    check_writable(out, "folder")
     from vlmedit.models.pipeline import quiet
     from vlmedit.real import export as real
 
-    with quiet(), disk_errors(out):
-        real.export(run, out, kind)
-    address = real.push_to_hub(out, push) if push else None
-    print(address or f"the pipeline is in {out}; its README.md says how to run it")
+    _raise(_check_json(json))
+    again = out is None and (run / "README.md").is_file()
+    if again and not push:
+        raise InputError(f"{run}: exported already; upload it with --push OWNER/NAME, or name a run and a new folder with --out")
+    if out is None and not again:
+        raise InputError(f"--out is missing: name a new folder, vlmedit export {run} --out FOLDER")
+    folder = run if again else out
+    if push:
+        real.check_name(push)
+    if not again:
+        check_writable(folder, "folder")
+        with quiet(), disk_errors(folder):
+            real.export(run, folder, kind)
+    address = real.push_to_hub(folder, push) if push else None
+    print(address or f"the pipeline is in {folder}; its README.md says how to run it")
     if json:
-        save_json({"out": str(out), "kind": kind, "address": address}, json)
+        save_json({"out": str(folder), "kind": real.read_about(folder).get("kind", kind), "address": address}, json)
     return 0
 
 

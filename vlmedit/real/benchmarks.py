@@ -7,13 +7,14 @@ the smaller is PQ; overall = sqrt(SC PQ) per picture. Averages are over the grou
 | benchmark  | folder, as published                                                         | edits                                                    |
 |------------|------------------------------------------------------------------------------|----------------------------------------------------------|
 | gedit      | parquet of stepfun-ai/GEdit-Bench, or its rows in metadata.jsonl             | fullset/TASK/LANGUAGE/KEY.png, or KEY.png                |
-| imgedit    | singleturn.json or basic_edit.json with pictures; judge_prompt.json [arXiv:2505.20275] | KEY.png                                        |
+| imgedit    | singleturn.json or basic_edit.json with pictures, judge_prompt.json or prompts.json [arXiv:2505.20275] | KEY.png                        |
 | dreambooth | SUBJECT/*.jpg and prompts_and_classes.txt of google/dreambooth [arXiv:2208.12242] | SUBJECT/NN.png, NN the prompt's number from 00      |
 
 CLIP-T: cosine of edit and text; CLIP-I and DINO: cosine of edit and reference (DreamBooth: mean over the subject's pictures).
 Every case keeps its own JSON with the judge's words. The judge is greedy, and its class, revision and weights are on record, with a digest
-of the questions: numbers compare between runs of one record alone. Deviates: the judge is a local model and the questions are in our words,
-so that numbers do not compare with those of GPT-4o.
+of the questions: numbers compare between runs of one record alone, case by case (`compare`). The edits that are missing can be drawn by an
+exported editor (`draw_edits`). Deviates: the judge is a local model and the questions are in our words, so that numbers do not compare with
+those of GPT-4o.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import io
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,9 +36,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
-from vlmedit.pictures import FORMATS, InputError, contact_sheet, save_json, save_picture, strip, to_view
+from vlmedit.pictures import BROKEN, FORMATS, InputError, contact_sheet, save_json, save_picture, strip, to_rgb, to_view
 from vlmedit.real.datasets import json_rows, parquet_rows
+from vlmedit.real.hub import reachable
 from vlmedit.real.writers import Writer, identity_of, to_tensor
 from vlmedit.scores import viescore
 
@@ -66,14 +70,15 @@ class Case:
     intersection: bool = True  # in the set that every compared model answered, where a benchmark has one
     others: tuple[Path, ...] = ()  # further pictures of the subject
     question: str = ""  # the benchmark's own, where it comes with one
+    path: Path | None = None  # of the reference; none where it lies inside another file
 
 
 def open_picture(source: Path | bytes) -> Image.Image:
-    """Upright, RGB. Raises InputError for a file that is no picture."""
+    """Upright, RGB as a trainer sees it. Raises InputError for a file that is no picture."""
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+            return to_rgb(ImageOps.exif_transpose(image))
+    except BROKEN as error:
         raise InputError(f"{'a picture of the benchmark' if isinstance(source, bytes) else source}: not a picture ({error}); make it again") from None
 
 
@@ -87,23 +92,26 @@ def read_gedit(folder: Path, language: str = "en") -> Iterator[Case]:
     for file in shards or [folder / "metadata.jsonl"]:
         for row in parquet_rows(file, columns) if shards else json_rows(file):
             if row["instruction_language"] == language:
-                picture = row["input_image"]["bytes"] if shards else folder / row["input_image"]
+                picture = row["input_image"]["bytes"] if shards else file.parent / row["input_image"]
                 name, task = f"{row['key']}.png", row["task_type"]
                 places = (f"fullset/{task}/{language}/{name}", name)
-                yield Case(row["key"], task, row["instruction"], lambda picture=picture: open_picture(picture), places, bool(row["Intersection_exist"]))
+                path = None if shards else picture
+                yield Case(row["key"], task, row["instruction"], lambda picture=picture: open_picture(picture), places, bool(row["Intersection_exist"]), path=path)
 
 
 def read_imgedit(folder: Path, language: str = "en") -> Iterator[Case]:
-    """ImgEdit-Bench, single turn: {key: {"id": picture, "prompt": ..., "edit_type": ...}}."""
+    """ImgEdit-Bench, single turn: {key: {"id": picture, "prompt": ..., "edit_type": ...}}, pictures beside it or in singleturn/. Its questions by
+    type are in judge_prompt.json, or prompts.json beside basic_edit.json, in that folder or the one above."""
     listed = [p for p in (folder / "singleturn.json", folder / "basic_edit.json", *sorted(folder.rglob("singleturn.json"))) if p.is_file()]
     if not listed:
         raise InputError(f"{folder}: has no singleturn.json or basic_edit.json; name the folder of the unpacked benchmark")
-    own = listed[0].with_name("judge_prompt.json")
-    questions = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
+    here = listed[0].parent
+    own = next((p for name in ("judge_prompt.json", "prompts.json") for p in (here / name, here.parent / name) if p.is_file()), None)
+    questions = json.loads(own.read_text(encoding="utf-8")) if own else {}
     for key, row in json.loads(listed[0].read_text(encoding="utf-8")).items():
-        path = listed[0].parent / row["id"]
+        path = next((p for p in (here / row["id"], here / "singleturn" / row["id"]) if p.is_file()), here / row["id"])
         question = questions.get(row["edit_type"], "").replace("<edit_prompt>", row["prompt"])
-        yield Case(key, row["edit_type"], row["prompt"], lambda path=path: open_picture(path), (f"{key}.png", f"{key}.jpg"), question=question)
+        yield Case(key, row["edit_type"], row["prompt"], lambda path=path: open_picture(path), (f"{key}.png", f"{key}.jpg"), question=question, path=path)
 
 
 def read_dreambooth(folder: Path, language: str = "en") -> Iterator[Case]:
@@ -120,10 +128,12 @@ def read_dreambooth(folder: Path, language: str = "en") -> Iterator[Case]:
             classes[row[0].strip()] = row[1].strip()
     for subject, name in classes.items():
         pictures = sorted(p for p in (listed.parent / subject).iterdir() if p.suffix.lower() in FORMATS)
-        for number, prompt in enumerate(prompts[name in ("cat", "dog")] if pictures else ()):
+        if not pictures:
+            raise InputError(f"{listed.parent / subject}: no picture of this subject; download the benchmark again")
+        for number, prompt in enumerate(prompts[name in ("cat", "dog")]):
             said = " ".join(prompt.format("", name).split())
             where = f"{subject}/{number:02d}.png"
-            yield Case(f"{subject}-{number:02d}", subject, said, lambda path=pictures[0]: open_picture(path), (where, where[:-3] + "jpg"), others=tuple(pictures))
+            yield Case(f"{subject}-{number:02d}", subject, said, lambda path=pictures[0]: open_picture(path), (where, where[:-3] + "jpg"), others=tuple(pictures), path=pictures[0])
 
 
 BENCHMARKS: dict[str, Callable[[Path, str], Iterator[Case]]] = {"gedit": read_gedit, "imgedit": read_imgedit, "dreambooth": read_dreambooth}
@@ -143,7 +153,20 @@ def read_benchmark(name: str, folder: str | Path, language: str = "en") -> list[
     keys = [c.key for c in cases]
     if len(set(keys)) < len(keys):
         raise InputError(f"{folder}: {len(keys) - len(set(keys))} keys come twice, for example {next(k for k in keys if keys.count(k) > 1)!r}")
+    check_pictures((p for c in cases for p in (c.path, *c.others) if p), "download the benchmark again")
     return cases
+
+
+def check_pictures(paths: Iterable[Path], remedy: str) -> None:
+    """Raise InputError for files that are no pictures by their headers."""
+    wrong = []
+    for path in dict.fromkeys(paths):
+        try:
+            Image.open(path).close()
+        except BROKEN as error:
+            wrong.append(f"{path}: {'no such picture' if isinstance(error, FileNotFoundError) else f'not a picture ({error})'}; {remedy}")
+    if wrong:
+        raise InputError([*wrong[:10], *([f"and {len(wrong) - 10} more"] if len(wrong) > 10 else [])])
 
 
 def find_edits(cases: Sequence[Case], edits: Path, partial: bool = False) -> list[tuple[Case, Path]]:
@@ -154,8 +177,30 @@ def find_edits(cases: Sequence[Case], edits: Path, partial: bool = False) -> lis
     lacking = [c for c, path in found if path is None]
     if lacking and (not partial or len(lacking) == len(cases)):
         remedy = "" if len(lacking) == len(cases) else "; --partial measures the others, but such numbers compare with nothing"
-        raise InputError(f"{edits}: {len(lacking)} of {len(cases)} edits are missing, for example {lacking[0].edits[0]}{remedy}")
-    return [(c, path) for c, path in found if path is not None]
+        raise InputError(f"{edits}: {len(lacking)} of {len(cases)} edits are missing, for example {lacking[0].edits[0]}{remedy}; --model EDITOR draws them")
+    pairs = [(c, path) for c, path in found if path is not None]
+    check_pictures((path for _, path in pairs), "make it again")
+    return pairs
+
+
+def draw_edits(cases: Sequence[Case], edits: Path, exported, load: Callable, seed: int = 0) -> Iterator[int]:
+    """Let an exported editor [editor.py] draw the edits that are missing, each at its reference's size and from the same seed; yield how many
+    are there. `load(exported)` is called if any is. `drawn.json` tells who drew the folder: edits of another editor are refused."""
+    place = str(Path(exported.name).resolve()) if Path(exported.name).is_dir() else exported.name
+    about, note = {"model": place, "steps": exported.steps, "seed": seed}, edits / "drawn.json"
+    if (known := saved(note) or about) != about:
+        raise InputError(f"{edits}: holds edits of another {', '.join(k for k in about if known.get(k) != about[k])} (drawn.json); name a new folder with --edits")
+    editor = None
+    for done, case in enumerate(cases, 1):
+        if not any((edits / e).is_file() for e in case.edits):
+            if editor is None:
+                editor = load(exported)
+                save_json(about, note)
+            reference = case.reference()
+            view = reference.resize(exported.working_size(*reference.size), Image.Resampling.LANCZOS)
+            image = editor(view, case.instruction, exported.steps, seed).images[0]
+            save_picture(image.convert("RGB").resize(reference.size, Image.Resampling.LANCZOS), edits / case.edits[0])
+        yield done
 
 
 # what a judge says
@@ -207,19 +252,35 @@ def judge_cases(judge: Writer, cases: Sequence[Case], references: Sequence[Image
 # what encoders see
 
 
+@contextmanager
+def unreported() -> Iterator[None]:
+    """No report of new weights: a DINO's checkpoint has no pooler, and we read none."""
+    told = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(told)
+
+
 class Encoder(nn.Module):
     """Unit features of pictures, and of texts where the model has words: CLIP, or a DINO by its class token (poolers are not trained)."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, words: bool | None = None):
+        """`words`: whether it must have a text tower (CLIP) or must not (DINO). Raises InputError for the other kind, and for no encoder."""
         super().__init__()
         try:
-            self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-            self.model = AutoModel.from_pretrained(folder, trust_remote_code=False).eval().requires_grad_(False)
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if hasattr(self.model, "get_text_features") else None
+            here = {"trust_remote_code": False, "local_files_only": not reachable()}
+            self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **here)
+            with unreported():
+                self.model = AutoModel.from_pretrained(folder, **here).eval().requires_grad_(False)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **here) if hasattr(self.model, "get_text_features") else None
             if self.tokenizer is None and getattr(self.model, "pooler", None) is not None:
                 self.model.pooler = None  # new random weights at every load: DINO's checkpoints have none
         except (OSError, ValueError) as error:
             raise InputError(f"{folder}: not a picture encoder of transformers with preprocessor_config.json, by folder or id ({str(error).splitlines()[0]})") from None
+        if words is not None and words != (self.tokenizer is not None):
+            raise InputError(f"{folder} is {type(self.model).__name__}, which has {'no words' if words else 'words'}; name a {'CLIP' if words else 'DINO'}")
 
     @torch.no_grad()
     def pictures(self, images: Sequence[Image.Image]) -> Tensor:
@@ -263,33 +324,51 @@ def _file(out: Path, key: str) -> Path:
     return out / "cases" / (f"{safe}.json" if safe == key and len(key) < 120 else f"{safe[:80]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.json")
 
 
+def saved(path: Path) -> dict | None:
+    """A JSON object that a run wrote; None where there is none. Raises InputError for a damaged one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}); delete it") from None
+
+
 def record_of(name: str, judge: Writer | None, clip: Encoder | None, dino: Encoder | None, language: str, side: int = SIDE) -> dict:
-    """What the numbers of a run depend on, apart from the pictures."""
+    """What the numbers of a run depend on, apart from the pictures and the benchmark's own questions, which every case has beside its numbers."""
     questions = hashlib.sha256(json.dumps([SC, PQ, ANSWER_TOKENS, side]).encode()).hexdigest()[:16]
     parts = {"judge": judge, "clip": clip, "dino": dino}
-    return {"benchmark": name, "language": language, "temperature": 0, "questions": questions, **{k: identity_of(v) for k, v in parts.items()}}
+    found = {"benchmark": name, "language": language, "temperature": 0, "questions": questions, **{k: identity_of(v) for k, v in parts.items()}}
+    return json.loads(json.dumps(found))
+
+
+def check_record(record: dict, there: Path) -> None:
+    """Raise InputError for another run's folder whose numbers do not compare with those of a run of this record."""
+    if (known := saved(there / "record.json")) is None:
+        raise InputError(f"{there}: no run of vlmedit bench (it has no record.json); name the --out folder of one")
+    if other := [k for k in {**record, **known} if record.get(k) != known.get(k)]:
+        raise InputError(f"{there}: measured with another {', '.join(other)}; such numbers do not compare")
 
 
 def measure(
     name: str, pairs: Sequence[tuple[Case, Path]], out: Path, judge: Writer | None = None, clip: Encoder | None = None, dino: Encoder | None = None, language: str = "en",
-    batch: int = 4, side: int = SIDE, total: int | None = None,
+    batch: int = 4, side: int = SIDE, total: int | None = None, against: Sequence[Path] = (),
 ) -> Iterator[int]:  # fmt: skip
     """Judge every edit, yield how many are done after each batch, and write cases/KEY.json, result.json and contact.png. What an earlier run
-    of the same record said of the same pictures is kept. `total`: cases of the whole benchmark."""
+    of the same record said of the same pictures is kept. `total`: cases of the whole benchmark; `against`: runs that must compare with it."""
     if not (judge or clip or dino):
         raise InputError("nothing to measure with: name a --judge, a --clip or a --dino")
-    record = json.loads(json.dumps(record_of(name, judge, clip, dino, language, side)))
-    known = json.loads((out / "record.json").read_text()) if (out / "record.json").is_file() else record
-    if known != record:
+    record = record_of(name, judge, clip, dino, language, side)
+    for other in against:
+        check_record(record, other)
+    known = saved(out / "record.json") or record
+    if known != record and any(out.glob("cases/*.json")):  # a run that came to nothing binds nobody
         raise InputError(f"{out}: holds a run with another {', '.join(k for k in record if known.get(k) != record[k])}; name a new folder")
     save_json(record, out / "record.json")
     rows: dict[str, dict] = {}
     todo = []
     for case, path in pairs:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        file = _file(out, case.key)
-        row = json.loads(file.read_text()) if file.is_file() else {}
-        if row.get("edit") == digest and row.get("instruction") == case.instruction:
+        row = saved(_file(out, case.key)) or {}
+        if (row.get("edit"), row.get("instruction"), row.get("question", "")) == (digest, case.instruction, case.question):
             rows[case.key] = row
         else:
             todo.append((case, path, digest))
@@ -302,7 +381,8 @@ def measure(
         answers = judge_cases(judge, cases, references, edited, side) if judge else [{} for _ in cases]
         cosines = encode_cases(clip, dino, cases, references, edited)
         for (case, _, digest), said, seen in zip(part, answers, cosines, strict=True):
-            rows[case.key] = {"key": case.key, "group": case.group, "instruction": case.instruction, "intersection": case.intersection, "edit": digest, **said, **seen}
+            own = {"question": case.question} if case.question else {}
+            rows[case.key] = {"key": case.key, "group": case.group, "instruction": case.instruction, "intersection": case.intersection, "edit": digest, **own, **said, **seen}
             save_json(rows[case.key], _file(out, case.key))
         yield len(rows)
     ordered = [rows[c.key] for c, _ in pairs]
@@ -331,6 +411,25 @@ def summarize(rows: Sequence[dict]) -> dict:
                 means = {g: sum(v) / len(v) for g, v in sorted(groups.items())}
                 values = [v for part in groups.values() for v in part]
                 found[metric] = {"average": sum(means.values()) / len(means), "mean": sum(values) / len(values), "n": len(values), "groups": means}
+    return out
+
+
+def compare(here: Path, there: Path) -> dict:
+    """Two finished runs case by case, over the cases that both have: per metric both means, the mean difference, its standard error and the
+    share of cases in which `here` is better, ties counted half. Raises InputError for runs whose numbers do not compare."""
+    check_record(saved(here / "record.json") or {}, there)
+    rows, others = ({row["key"]: row for path in sorted(folder.glob("cases/*.json")) if (row := saved(path))} for folder in (here, there))
+    alike = lambda a, b: all(a.get(k) == b.get(k) for k in ("instruction", "question"))
+    shared = [(row, others[key]) for key, row in rows.items() if key in others and alike(row, others[key])]
+    out: dict = {"here": str(here), "there": str(there), "cases": len(shared), "metrics": {}}
+    for metric in METRICS:
+        pairs = torch.tensor([(a[metric], b[metric]) for a, b in shared if metric in a and metric in b], dtype=torch.float64)
+        if len(pairs):
+            off = pairs[:, 0] - pairs[:, 1]
+            error = float(off.std() / len(off) ** 0.5) if len(off) > 1 else None
+            better = float(((off > 0) + 0.5 * (off == 0)).double().mean())
+            here_mean, there_mean = pairs.mean(0).tolist()
+            out["metrics"][metric] = {"here": here_mean, "there": there_mean, "difference": float(off.mean()), "standard error": error, "better": better, "n": len(pairs)}
     return out
 
 

@@ -36,7 +36,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from vlmedit.pictures import FORMATS, InputError, write_atomic
+from vlmedit.pictures import FORMATS, InputError, _check_header, to_rgb, write_atomic
 from vlmedit.real.requests import Request
 
 TYPES = ("add", "remove", "replace", "color", "material", "shape", "background", "style", "action", "text", "other")  # the paper's, and the rest
@@ -44,11 +44,14 @@ SKIPPED = {
     "later turn": "the instruction is for an earlier edit's result, which is a target",
     "no words": "the row has no instruction",
     "no input": "the row names no input picture",
+    "another format": f"a picture that ends with none of {', '.join(FORMATS)}; convert it",
 }
 CHUNK = 2**20  # characters of a JSON file read at a time
 
 # the first pattern that fits names the type; data sets' own names and instructions both go through it
 PATTERNS = (
+    ("style", r"\b(film grain|vintage filter)\b"),
+    ("background", r"^add new scene context\b"),
     ("remove", r"\b(remov\w*|delet\w*|eras\w*|take away|get rid|subject-remove)\b"),
     ("add", r"^(please )?(add|insert|put|place|subject-add)\b"),
     ("background", r"\b(backgrounds?|background_change|season|weather|sky|scene|backdrop)\b"),
@@ -104,9 +107,11 @@ class Found:
     target_caption: str = ""
 
     def picture(self) -> Image.Image:
-        """Upright, RGB. Raises OSError for a file that is no picture."""
+        """Upright, RGB as the trainer sees it [feed.py]. Raises OSError for a file that is no picture, InputError for one that `vlmedit edit`
+        would refuse too: animated, tiny, huge, or very long."""
         with Image.open(io.BytesIO(self.content())) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            _check_header(Path(self.name), image)
+            return to_rgb(ImageOps.exif_transpose(image))
 
 
 def kind_of(*texts: str) -> str:
@@ -130,8 +135,11 @@ def thing_removed(instruction: str) -> str | None:
 def read_items(path: str | Path) -> list[Item]:
     """A manifest, checked line by line; image paths come back joined to its folder. Raises InputError naming the lines that are wrong."""
     path = Path(path)
+    if path.is_dir():
+        inside = next(iter(sorted(path.glob("*.jsonl"))), None) if not (path / "manifest.jsonl").is_file() else path / "manifest.jsonl"
+        raise InputError(f"{path}: a folder, not a manifest; {f'name {inside}' if inside else 'vlmedit data prepare makes one of a folder of pictures'}")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # other line breaks of Unicode may stand within a text
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a manifest ({error}); vlmedit data prepare writes one") from None
     items, problems, known = [], [], {f.name for f in fields(Item)}
@@ -166,7 +174,7 @@ def json_rows(path: Path) -> Iterator[dict]:
     """The objects of a JSONL file or of one JSON array, read piece by piece: arrays of a million rows do not fit a small memory."""
     decoder, buffer, end = json.JSONDecoder(), "", False
     _check_ends(path)
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         while True:
             buffer = buffer.lstrip("[, \r\n\t") if not buffer.startswith("{") else buffer
             if buffer.startswith("{"):
@@ -211,18 +219,32 @@ def _on_disk(folder: Path, name: str, **words) -> Found:
 
 def read_folder(folder: Path, skipped: Counter) -> Iterator[Found]:
     """Every picture of a folder and its subfolders, by name."""
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in FORMATS and not p.name.startswith(".")):
-        yield _on_disk(folder, str(path.relative_to(folder)))
+    pictures = Image.registered_extensions()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in pictures and not p.name.startswith(".")):
+        if path.suffix.lower() in FORMATS:
+            yield _on_disk(folder, str(path.relative_to(folder)))
+        else:
+            skipped["another format"] += 1
 
 
 MAPPED = "_with_local_source_image_path"  # what the data set's own script adds to a list's name when it adds `local_input_image`
+
+
+def _mapped(folder: Path, name: str | None) -> str | None:
+    """A path of the mapping script as one of the folder: the script writes it as seen from where it was run, often the folder's parent."""
+    if name and not (folder / name).is_file():
+        for place in (folder.absolute().parent, Path.cwd()):
+            if (place / name).is_file() and Path(os.path.abspath(place / name)).is_relative_to(os.path.abspath(folder)):
+                return os.path.relpath(place / name, folder)
+    return name
 
 
 def read_pico_banana(folder: Path, skipped: Counter) -> Iterator[Found]:
     """Rows {"open_image_input_url", "text", "edit_type", ...} of sft.jsonl and preference.jsonl, and of multi-turn.jsonl
     {"files": [{"id": "original_input_image", "url": ...}, {"id": "edit_turn1", ...}, ...], "metadata_edit_turn_prompts": [...]}.
 
-    The picture is `local_input_image` (their mapping script writes it), or the last part of the Open Images address. Of several turns the first
+    The picture is `local_input_image` (their mapping script writes it, as seen from where it was run), or the last part of the Open Images
+    address. Of several turns the first
     alone asks something of the original picture; all later ones are for the result before them, and are counted, not read. A list that the
     script has mapped is read in place of its original."""
     lists = set(folder.rglob("*.jsonl"))
@@ -234,7 +256,7 @@ def read_pico_banana(folder: Path, skipped: Counter) -> Iterator[Found]:
                 url = next((f.get("url") for f in row.get("files") or () if f.get("id") == "original_input_image"), None)
                 said = turns[0]
                 skipped["later turn"] += len(turns) - 1
-            name = row.get("local_input_image") or str(url or "").rpartition("/")[2]
+            name = _mapped(folder, row.get("local_input_image")) or str(url or "").rpartition("/")[2]
             if not name or not isinstance(said, str) or not said.strip():
                 skipped["no words" if name else "no input"] += 1
             else:

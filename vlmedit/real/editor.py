@@ -3,7 +3,8 @@
 A picture of any size is shown to the model at about as many pixels as it was trained at (or with `side` pixels along its longer side), its
 aspect ratio kept to within the backbone's multiple; the edit comes back at the picture's own size. Noise is drawn on the CPU from a seed per
 sample, as the miniature's is [models/pipeline.py], the re-noising of the sampler included: the picture is that of the card's program after
-`torch.manual_seed(seed)` on a CPU. A judge, where one is named, is asked the questions of the training [requests.py].
+`torch.manual_seed(seed)` on a CPU in the same precision (here float32, the card's is the exported one). A judge, where one is named, is asked
+the questions of the training [requests.py].
 
 Code that comes with a folder is run only if it is, byte for byte, the file that `vlmedit export` copies there, or if the user trusts it.
 """
@@ -22,14 +23,14 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from torch import Tensor
 
 from vlmedit.models.pipeline import Answers, EditOutput, generators, quiet
 from vlmedit.pictures import InputError, _decode, to_rgb
 from vlmedit.real.cache import DTYPE
-from vlmedit.real.export import ABOUT, CODE, KINDS, LORA_FILE, PIPELINES, pipeline_class
+from vlmedit.real.export import ABOUT, CODE, HUB_ERRORS, KINDS, LORA_FILE, PIPELINES, pipeline_class
 from vlmedit.real.hub import looks_like_id, reachable
 from vlmedit.real.judges import Judge
 from vlmedit.real.requests import Request
@@ -48,7 +49,7 @@ def local(model: str, whole: bool = False) -> Path:
         return Path(snapshot_download(model, allow_patterns=None if whole else SMALL, local_files_only=not reachable()))
     except HFValidationError:
         raise InputError(f"--model {model}: no such folder, and no id of the Hub, which reads OWNER/NAME") from None
-    except (HfHubHTTPError, OSError, ValueError) as error:  # no network, no such repository, a private one
+    except (*HUB_ERRORS, ValueError) as error:  # no network, no such repository, a private one
         raise InputError(f"--model {model}: no such folder, and no model of the Hub that can be reached ({str(error).splitlines()[0].split('. ')[0]})") from None
 
 

@@ -47,6 +47,7 @@ from vlmedit.models.judge import JudgeModel
 from vlmedit.models.text import NO, YES, encode
 from vlmedit.real.hub import reachable
 from vlmedit.real.requests import Book
+from vlmedit.real.sharding import is_sharded
 
 Question = Sequence[str] | Tensor  # texts, or numbers (N, 1) in the judge's book
 WORDS = 96  # tokens kept free for the words of a question, when a context is checked for two pictures
@@ -221,11 +222,13 @@ class Judge(nn.Module):
     # common
 
     def look(self, pictures: Sequence[Tensor]) -> list[SimpleNamespace]:
-        """Features of each picture: those without gradient in one pass, those with one in another."""
+        """Features of each picture: those without gradient in one pass, those with one in another. Sharded blocks are called for the first
+        pass even where no picture lacks a gradient (removals alone, identity=false): other processes may have some that do."""
         out: list[SimpleNamespace | None] = [None] * len(pictures)
         for wants in (False, True):
             rows = [i for i, p in enumerate(pictures) if p.requires_grad == wants]
-            for i, features in zip(rows, self.encode([pictures[i] for i in rows]) if rows else ()):
+            shown = [pictures[i] for i in rows] or ([pictures[0].detach()] if not wants and is_sharded(self.model) else [])
+            for i, features in zip(rows, self.encode(shown) if shown else ()):
                 out[i] = features
         return out
 

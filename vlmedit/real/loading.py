@@ -30,7 +30,7 @@ from vlmedit.real.backbones import Backbone, Channels, ZImage, backbone_of, fami
 from vlmedit.real.cache import DTYPE, WORDS_ALONE
 from vlmedit.real.export import LORA_FILE
 from vlmedit.real.hub import reachable
-from vlmedit.real.judges import Ensemble, Judge, answer_token, check_context, load_judge
+from vlmedit.real.judges import Ensemble, Judge, Shapes, answer_token, check_context, load_judge
 from vlmedit.real.requests import Book
 from vlmedit.real.roles import Roles, adapter_roles, lora_targets
 from vlmedit.real.sharding import blocks, settle, shard
@@ -348,7 +348,7 @@ def load_judges(config, book: Book, accelerator: Accelerator, sharded: bool = Fa
     found = []
     for place in config.judge:
         judge = load_judge(place, book, checkpointing="judge" in config.checkpointing, dtype=frozen_dtype(config))
-        if sharded:
+        if sharded and not isinstance(judge, Shapes):  # a few MB, and how often its blocks are called depends on the batch
             shard(judge.model, accelerator, config.precision, root=False)
         if "judge" not in config.offload:
             settle(judge, accelerator.device)

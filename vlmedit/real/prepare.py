@@ -39,7 +39,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from vlmedit.pictures import InputError, disk_errors, save_json, write_atomic
+from vlmedit.pictures import InputError, disk_errors, save_json, to_rgb, write_atomic
 from vlmedit.real.datasets import SKIPPED, Found, Item, read_dataset, write_items
 from vlmedit.real.proposals import (
     CAPTION,
@@ -448,6 +448,9 @@ def look_at(found: Found, gallery: Gallery) -> Work:
     work = Work(found)
     try:
         work.image = found.picture()
+    except InputError as error:
+        work.reason, work.said = "unsuitable", str(error)
+        return work
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         work.reason = "unreadable"
         return work
@@ -521,7 +524,7 @@ def _place(found: Found, out: Path) -> str:
 def _thumbnail(path: Path) -> str:
     try:
         with Image.open(path) as image:
-            small = ImageOps.exif_transpose(image).convert("RGB")
+            small = to_rgb(ImageOps.exif_transpose(image))
     except OSError:  # moved since it was read
         small = Image.new("RGB", (THUMB, THUMB), "white")
     small.thumbnail((THUMB, THUMB))

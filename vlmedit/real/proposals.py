@@ -37,6 +37,7 @@ TARGET = (
 )
 REASONS = {
     "unreadable": "the file is missing or no picture",
+    "unsuitable": "the picture is animated, tiny, huge or longer than 4 to 1",
     "seen before": "the picture looks like one that came earlier",
     "no caption": "the description of the picture is not as asked",
     "no proposal": "the proposal is not JSON with an instruction",

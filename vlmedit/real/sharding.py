@@ -50,6 +50,12 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [m for m in found if id(m) not in inner]
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes share its weights. Then each call of a block gathers them, and every process must make the same calls, whatever its
+    batch holds: where one makes fewer, the others wait for it or are given another block's weights."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
 def shard(model: nn.Module, accelerator: Accelerator, precision: str, root: bool = True) -> nn.Module:
     """Shard a model in place over all processes. `root`: also what lies outside its blocks; only for a model that is called as a whole."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -71,7 +77,7 @@ def shard(model: nn.Module, accelerator: Accelerator, precision: str, root: bool
 def settle(model: nn.Module, device: torch.device) -> nn.Module:
     """Move a model to a device, in place, all but its shards: `fully_shard` made them where they are to be, and those that CPUOffloadPolicy
     keeps on the CPU must be found there."""
-    if not any(isinstance(p, DTensor) for p in model.parameters()):
+    if not is_sharded(model):
         return model.to(device)
     moved: dict[nn.Parameter, nn.Parameter] = {}  # a weight with two names stays one
     for part in model.modules():

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -417,7 +417,8 @@ class Setup:
 
 
 def mean_of(measured: list[dict[str, float]]) -> dict[str, float]:
-    """Means of what several batches measured."""
+    """Means of what an update's batches measured, those of all processes."""
+    measured = gather_object(measured)
     names = dict.fromkeys(name for m in measured for name in m)
     return {name: sum(m[name] for m in measured if name in m) / sum(name in m for m in measured) for name in names}
 
@@ -501,7 +502,7 @@ def train_copy(config: CopyConfig, accelerator: Accelerator | None = None) -> It
     ema = EMA(student, config.ema) if config.ema else None
     run.register("model", student, optimizer, ema)
     for index in run.steps():
-        parts, losses = setup.feed.parts(index), []
+        parts, measured = setup.feed.parts(index), []
         for number, batch in parts:
             seed_torch("copy", config.seed, index, number)
             with run.accelerator.autocast():
@@ -512,10 +513,10 @@ def train_copy(config: CopyConfig, accelerator: Accelerator | None = None) -> It
                 t = logit_normal_time(len(clean), config.time_shift, clean.device)
                 loss = flow_matching_loss(lambda x, time: student(x, time, text, clean), clean, t, torch.randn_like(clean)).mean()
             loss.backward()
-            losses.append(loss.item())
+            measured.append({"loss": loss.item()})
         norm, fine = optimizer.step(index, run.accelerator)
         if ema:
             ema.update(student, index)
-        run.metrics.update(loss=sum(losses) / len(losses), gradient_norm=norm, skipped=float(not fine))
+        run.metrics.update(mean_of(measured), gradient_norm=norm, skipped=float(not fine))
         yield run.done(index)
     setup.finish(student, ema)

@@ -16,6 +16,7 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
+from vlmedit.real.hub import reachable
 from vlmedit.real.judges import FAMILIES, load_judge
 
 
@@ -59,8 +60,9 @@ class Scribe:
 def load_writer(folder: str | os.PathLike, **kwargs) -> Writer:
     """A vision-language model of a known family, or any causal language model, by folder or id. `kwargs` go to `from_pretrained`.
     Raises ValueError for another class, FileNotFoundError for a folder or an id that does not lead to a model."""
+    here = {"trust_remote_code": False, "local_files_only": not reachable()}  # without a network the client would try for half a minute
     try:
-        config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(str(folder), **here)
     except OSError as error:
         raise FileNotFoundError(f"no model at {folder}: give a folder with config.json, or an id of the Hub and a network ({str(error).splitlines()[0]})") from error
     except ValueError as error:
@@ -71,20 +73,20 @@ def load_writer(folder: str | os.PathLike, **kwargs) -> Writer:
     if not name.endswith("ForCausalLM"):
         raise ValueError(f"{folder} is {name}; a writer is a causal language model or one of {', '.join(FAMILIES)}")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=False, **kwargs)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **here)
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), **here, **kwargs)
     except OSError as error:
         raise FileNotFoundError(f"{folder} has a config but not all of its files; download it again ({str(error).splitlines()[0]})") from error
     return Scribe(model, tokenizer)
 
 
 def identity_of(writer: Writer | None) -> dict | None:
-    """What a model is, for the record: class, revision where the Hub gave one, and a digest of a few weights."""
+    """What a model is, for the record: class, revision where the Hub gave one, and a digest of some weights of each tensor."""
     model = getattr(writer, "model", None)
     if model is None:
         return None
     digest = hashlib.sha256()
-    for name, p in sorted(model.state_dict().items())[:64]:
+    for name, p in sorted(model.state_dict().items()):
         digest.update(name.encode() + p.detach().flatten()[:16].float().cpu().numpy().tobytes())
     revision = getattr(model.config, "_commit_hash", None)
     return {"class": type(model).__name__, "revision": revision, "weights": digest.hexdigest()[:16], "transformers": transformers.__version__}
