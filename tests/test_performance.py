@@ -8,9 +8,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from test_papers import script
+from vlmedit.kernels import dispatch
 
 from vlmedit import kernels
-from vlmedit.kernels import dispatch
 from vlmedit.pictures import InputError
 from vlmedit.real import budget, plan, tiny
 from vlmedit.train.config import ConfigError

@@ -32,7 +32,8 @@ ROLES = ["student", "fake", "teacher", "judge"]
 COMMON = dict(steps=STEPS, lr=LR, fake_lr=LR, batch=1, save_every=1, strip_every=100, trackers=[])
 
 CASES = {  # what two processes do
-    "modules": dict(roles="modules", source="tar", accumulate=2, sharding="fsdp2", ema=0.5),
+    # removals alone, without the identity question, show the judge no reference: it is called as often as in a process that has others
+    "modules": dict(roles="modules", source="tar", accumulate=2, sharding="fsdp2", ema=0.5, identity=False),
     # guidance for some types alone: a batch without them has as many calls of the teacher as one with them
     "adapters": dict(roles="adapters", source="parquet", accumulate=2, sharding="fsdp2", ema=0.5, precision="bf16", guidance=1.0, strong_types=["remove"]),
     "warmup": dict(stage="warmup", roles="modules", source="parquet", accumulate=2, sharding="fsdp2", ema=0.5, warmup=2, text_dropout=0.5, flip=0.5),

@@ -39,7 +39,14 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def _leads() -> bool:
+    """Whether this is the first of the processes that a launcher started: the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _table(title: str, rows: dict[str, Any]) -> None:
+    if not _leads():
+        return
     table = Table(title=title, show_header=False)
     for name, value in rows.items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
@@ -48,7 +55,7 @@ def _table(title: str, rows: dict[str, Any]) -> None:
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=Console(stderr=True), disable=not _leads())
 
 
 def _at_least(**values: tuple[int, int]) -> list[str]:
@@ -279,7 +286,7 @@ def train(
         raise InputError("--dry-run counts runs of real models; the settings name no backbone (--config zimage_internvl, for example)")
     else:
         result = train_main(tier, given) if stage == "main" else train_stage(stage, tier, given)
-    if json:
+    if json and _leads():
         save_json(result, json)
     return 0
 
@@ -395,7 +402,8 @@ def train_real(stage: str, tier: str, given: dict, dry_run: bool) -> dict:
             raise
         except ValueError as error:  # a class that nobody here knows
             raise InputError(f"cannot be counted: {str(error).splitlines()[0]}") from error
-        plan.show(found)
+        if _leads():
+            plan.show(found)
         return {"stage": stage, "dry_run": True, **found.report()}
     check_writable(Path(config.out), "folder")
     check_space(Path(config.out), RUN_BYTES)

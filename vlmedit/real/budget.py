@@ -138,6 +138,13 @@ def autoencoder() -> nn.Module:
     return _meta(lambda: AutoencoderKL(**blocks, layers_per_block=2, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False))
 
 
+def qwen_autoencoder() -> nn.Module:
+    """The autoencoder of Qwen-Image: 16 channels, 8 pixels per latent: the class's defaults."""
+    from diffusers import AutoencoderKLQwenImage
+
+    return _meta(AutoencoderKLQwenImage)
+
+
 def internvl3_14b() -> nn.Module:
     """The released recipe's judge: InternViT-300M and Qwen2.5-14B (config.json of OpenGVLab/InternVL3-14B-hf)."""
     from transformers import InternVLConfig, InternVLForConditionalGeneration

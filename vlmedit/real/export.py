@@ -282,7 +282,9 @@ def card(settings: dict, transformer: str, kind: str, dtype: torch.dtype = torch
         lines = [*head, "", f"# A {steps}-step image editor without image pairs", ""]
         lines += [f"`{Path(base).name}`, taught to edit by instruction with NP-Edit (arXiv:2510.14978): no edited picture was seen in training, only references, instructions and captions. A vision-language judge and distribution matching to the base model were the teachers.", ""]
     lines += ["```python", *code_of(settings, transformer, kind, dtype), "```", ""]
-    lines += ["Or, for any size of picture and whole folders: `vlmedit edit dog.png \"make the dog red\" --model THIS_FOLDER --out edited.png`.", ""]
+    own = transformer == DiT.__name__
+    example, how = ("drawing.png \"remove the circle\"", "vlmedit eval --checkpoint THIS_FOLDER") if own else ("dog.png \"make the dog red\"", "vlmedit bench")
+    lines += [f"Or, for any size of picture and whole folders: `vlmedit edit {example} --model THIS_FOLDER --out edited.png`.", ""]
     name = lambda place: Path(place).name if Path(place).exists() else place
     told = {
         "base": name(base), "updates": settings["steps"], "pictures per update": f"{settings['batch']} x {settings['accumulate']} per process",
@@ -294,7 +296,7 @@ def card(settings: dict, transformer: str, kind: str, dtype: torch.dtype = torch
             "guidance of the teacher": f"{settings['guidance']:g}, {settings['guidance_strong']:g} for {', '.join(settings['strong_types'])}",
         }  # fmt: skip
     lines += ["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in told.items()), ""]
-    lines += ["The license is the base model's; the judge's and the data's terms apply to their use. Measured quality: fill in from `vlmedit bench`. Known limits of the method: drift from the input, faces, spatial moves.", ""]
+    lines += ["The license is the base model's; the judge's and the data's terms apply to their use. Measured quality: fill in from `" + how + "`. Known limits of the method: drift from the input, faces, spatial moves.", ""]
     return "\n".join(lines)
 
 

@@ -110,6 +110,9 @@ def nearest(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> int:
     return int(np.argmin([abs(ratio - np.log(w / h)) for w, h in buckets]))
 
 
+MEND = "put a whole one in its place and repeat the command to resume, or remove its rows and begin a new out folder"
+
+
 def opened(place: Place) -> Image.Image:
     """The picture, its pixels not decoded yet."""
     return Image.open(place if isinstance(place, Path) else io.BytesIO(place.read()))
@@ -122,7 +125,7 @@ def picture_size(path: Place) -> tuple[int, int]:
             turned = image.getexif().get(0x0112, 1) >= 5
             return image.size[::-1] if turned else image.size
     except BROKEN as error:
-        raise InputError(f"{path}: not a picture ({error}); remove its rows from the data") from None
+        raise InputError(f"{path}: not a picture ({error}); {MEND}") from None
 
 
 def load_fitted(path: Place, size: tuple[int, int]) -> Tensor:
@@ -131,7 +134,7 @@ def load_fitted(path: Place, size: tuple[int, int]) -> Tensor:
         with opened(path) as image:
             upright = to_rgb(ImageOps.exif_transpose(image))
     except BROKEN as error:
-        raise InputError(f"{path}: the picture is damaged ({error}); remove its rows from the data") from None
+        raise InputError(f"{path}: the picture is damaged ({error}); {MEND}") from None
     fitted = ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
 

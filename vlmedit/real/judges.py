@@ -102,7 +102,7 @@ def answer_token(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise ValueError(
             f"{tokenizer.name_or_path or type(tokenizer).__name__} writes {word!r} as {len(ids)} tokens {ids}; the margin needs one token per answer: "
-            "pass answers=(yes, no) that are single tokens of this tokenizer"
+            "take another judge, or copy tokenizer.json from the checkpoint if it is missing (in Python: load_judge(..., answers=(yes, no)))"
         )
     return ids[0]
 

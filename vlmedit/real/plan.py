@@ -46,9 +46,9 @@ PUBLISHED = {  # class defaults and configurations of budget.py, for ids whose f
     "black-forest-labs/FLUX.2-klein-base-4B": budget.flux2_klein, "black-forest-labs/FLUX.2-klein-4B": budget.flux2_klein,
     "Qwen/Qwen3-VL-8B-Instruct": budget.qwen3_vl_8b,
 }  # fmt: skip
-CODECS = {place: (budget.flux2_autoencoder, "FLUX.2's autoencoder") for place, build in PUBLISHED.items() if build is budget.flux2_klein}  # the others: FLUX.1's
+CODECS = {budget.flux2_klein: (budget.flux2_autoencoder, "FLUX.2's autoencoder"), budget.qwen_image_edit: (budget.qwen_autoencoder, "Qwen-Image's autoencoder")}
 WORDS = 128  # tokens of a prompt and of a question's words
-MOMENTS = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2}  # bytes per parameter
+MOMENTS = {"adamw": 8, "muon": 4, "adamw8bit": 2, "paged_adamw8bit": 2}  # bytes per parameter; of Muon, of matrices, which are nearly all
 
 
 @dataclass
@@ -99,10 +99,10 @@ def meta_codec(place: str) -> tuple[AutoencoderCodec | PixelCodec, str]:
         config = read_json(place, "vae/config.json")
     except InputError:
         config = None
-    if config is None:  # the known ones share FLUX's autoencoder, except Qwen's
+    if config is None:
         if place not in PUBLISHED:
             raise InputError(f"backbone: {place} has no vae/config.json; give the folder or the id of a diffusers pipeline")
-        build, note = CODECS.get(place, (budget.autoencoder, "FLUX.1's autoencoder"))
+        build, note = CODECS.get(PUBLISHED[place], (budget.autoencoder, "FLUX.1's autoencoder"))
         return AutoencoderCodec(build()), note
     return AutoencoderCodec(budget._meta(lambda: getattr(diffusers, config["_class_name"]).from_config(config))), ""
 
@@ -115,6 +115,8 @@ def meta_judge(place: str) -> tuple[nn.Module, str]:
         return _known(place, error, "judge")
     if config is None:
         return _known(place, None, "judge")
+    if (name := (config.get("architectures") or ["a model without architectures"])[0]) not in judges.FAMILIES:
+        raise InputError(f"judge: {place}: no adapter for {name}; known: {', '.join(judges.FAMILIES)}")
     full = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=not reachable())
     return budget._meta(lambda: AutoModelForImageTextToText.from_config(full)), ""
 
@@ -382,7 +384,7 @@ def show(plan: Plan) -> None:
     gb = lambda b: f"{b / GB:.2f} GB" if b else ""
     for r in plan.roles:
         notes = [*r.notes, *(["waits on the CPU"] if r.role in c.offload and len(plan.parts) > 1 else [])]
-        table.add_row(r.role, f"{r.parameters / 1e9:.3f} B", *(gb(getattr(r, k)) for k in ("weights", "gradients", "moments", "average", "activations")), f"{r.flops / 1e12:.1f}", "; ".join(notes))
+        table.add_row(r.role, f"{r.parameters / 1e9:.3f} B" if r.parameters >= 1e7 else f"{r.parameters:,}", *(gb(getattr(r, k)) for k in ("weights", "gradients", "moments", "average", "activations")), f"{r.flops / 1e12:.1f}", "; ".join(notes))
     Console(width=max(140, Console().width)).print(table)
     parts = ", ".join(f"{part} {plan.memory(part) / GB:.1f}" for part in plan.parts)
     print(f"memory per device while each part runs, GB: {parts}; peak {plan.peak / GB:.1f}")

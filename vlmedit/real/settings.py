@@ -21,7 +21,7 @@ SHARES = {  # how often each edit type is drawn [R, where material is texture an
     "remove": 0.25, "color": 0.0833, "material": 0.0833, "shape": 0.0833, "add": 0.0833, "replace": 0.0833, "background": 0.0833, "style": 0.0833,
     "action": 0.0833, "text": 0.0837,
 }  # fmt: skip
-OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+OPTIMIZERS = ("adamw", "muon", "adamw8bit", "paged_adamw8bit")
 ROLES = ("modules", "adapters")
 CHECKPOINTED = ("backbone", "judge", "codec")
 OFFLOADED = ("student", "fake", "teacher", "judge")
@@ -62,7 +62,7 @@ class RealConfig(TrainConfig):
     final_lr: float = 1.0  # share of the peak at the end: constant [R]
     betas: tuple[float, float] = (0.0, 0.9)  # [R]
     weight_decay: float = 0.0  # [R]
-    optimizer: str = "adamw"  # adamw8bit and paged_adamw8bit need bitsandbytes [R: adamw]
+    optimizer: str = "adamw"  # muon: for matrices, as the miniature's stages use it; adamw8bit and paged_adamw8bit need bitsandbytes [R: adamw]
     ema: float = 0.0  # [R: .999 in the configuration, off in the code]
     # losses
     matching: str = "dmd"

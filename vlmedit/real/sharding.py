@@ -36,7 +36,7 @@ def wanted(config, accelerator: Accelerator) -> bool:
     if on and config.offload:
         raise ConfigError(f"offload is {', '.join(config.offload)} and weights are sharded; use accelerate's fsdp_offload_params instead")
     if on and config.optimizer != "adamw":
-        raise ConfigError(f"optimizer is {config.optimizer!r} and weights are sharded; bitsandbytes' states cannot be, use adamw")
+        raise ConfigError(f"optimizer is {config.optimizer!r} and weights are sharded; Muon takes whole matrices and bitsandbytes' states cannot be sharded, use adamw")
     return on
 
 

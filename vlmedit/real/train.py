@@ -26,11 +26,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch._dynamo import list_backends
 
 from vlmedit import pictures
 from vlmedit.data import UnpairedBatch, rng_for, seed_torch
@@ -58,6 +58,7 @@ from vlmedit.real.roles import Roles
 from vlmedit.real.settings import CopyConfig, RealConfig
 from vlmedit.real.sharding import DTensor, Whole, shard, wanted
 from vlmedit.real.text import TextBank
+from vlmedit.train import engine
 from vlmedit.train.config import ConfigError
 from vlmedit.train.engine import EMA, Checkpoints, Optimizer, Run, Step, average_gradients
 from vlmedit.train.npedit import NPEdit
@@ -145,9 +146,12 @@ class RealEdit(NPEdit):
 
 
 class RealOptimizer(Optimizer):
-    """AdamW over everything that is trained, in 32 or 8 bits; gradients of accumulated batches are averaged."""
+    """AdamW over everything that is trained, in 32 or 8 bits, or the miniature's Muon; gradients of accumulated batches are averaged."""
 
     def __init__(self, model: nn.Module, config: RealConfig, lr: float | None = None):
+        if config.optimizer == "muon":
+            super().__init__(model, config, lr)
+            return
         self.model, self.config, self.lr = model, config, lr or config.lr
         params = [p for p in model.parameters() if p.requires_grad]
         self.parts = [adamw(config.optimizer)(params, lr=self.lr, betas=config.betas, weight_decay=config.weight_decay)]
@@ -164,7 +168,7 @@ class RealOptimizer(Optimizer):
 
 def adamw(name: str):
     """The optimiser's class. Raises ConfigError where bitsandbytes is not installed."""
-    if name == "adamw":
+    if name in ("adamw", "muon"):
         return torch.optim.AdamW
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(f"optimizer is {name!r}, which needs bitsandbytes, and that is not installed (pip install bitsandbytes); or use optimizer=adamw")
@@ -178,17 +182,7 @@ def make_accelerator(config: RealConfig) -> Accelerator:
     for name in config.trackers:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"trackers names {name}, which is not installed (pip install {name}); installed by default: tensorboard")
-    if AcceleratorState._shared_state.get("_mixed_precision", config.precision) != config.precision:
-        AcceleratorState._reset_state()
-    patience = InitProcessGroupKwargs(timeout=PATIENCE)
-    hidden = set(os.environ.get("CUDA_VISIBLE_DEVICES", "all").split(",")) <= {"", "-1"}  # as two_cpu.yaml hides GPUs
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    built = Accelerator(
-        cpu=hidden and started > 1, mixed_precision=config.precision, kwargs_handlers=[patience], log_with=list(config.trackers) or None, project_dir=config.out
-    )
-    if built.num_processes != started:
-        raise ConfigError(f"{started} processes were started, accelerate counts {built.num_processes}; on a CPU use accelerate launch with vlmedit/real/configs/accelerate/two_cpu.yaml, or set ACCELERATE_USE_CPU=true")
-    return built
+    return engine.make_accelerator(config, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], log_with=list(config.trackers) or None, project_dir=config.out)
 
 
 class RealCheckpoints(Checkpoints):
@@ -284,6 +278,8 @@ def prepared(config: RealConfig) -> RealConfig:
 def check(config: RealConfig, judged: bool = True) -> None:
     """Raise `InputError` or `ConfigError` for anything that can be seen to be wrong before a weight is read."""
     adamw(config.optimizer)
+    if config.compile and config.compile not in (known := list_backends(exclude_tags=())):
+        raise ConfigError(f"compile is {config.compile!r}; known: {', '.join(known)}")
     given = lambda place: not place.startswith(PREFIX)
     problems = check_backbone(config.backbone, trust=config.trust_remote_code) if given(config.backbone) else []
     for place in filter(given, config.judge if judged else ()):
@@ -396,6 +392,7 @@ class Setup:
         check(config, judged)
         rows = read_manifest(config.data)
         self.run = run = RealRun(config, accelerator)
+        run.checkpoints.check()
         self.sharded = wanted(config, run.accelerator)
         self.prompts, self.questions = book_of(rows, config.negative_prompt), Book()
         self.blank = None if judged else self.prompts.number("")

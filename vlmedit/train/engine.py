@@ -38,11 +38,17 @@ class Step:
     pictures: dict[str, Tensor] = field(default_factory=dict)
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """An accelerator of the stage's precision; accelerate alone would refuse a second precision within one process."""
+def make_accelerator(config: TrainConfig, **settings) -> Accelerator:
+    """An accelerator of the stage's precision; accelerate alone would refuse a second precision within one process. Raises ConfigError when
+    it counts other processes than were started."""
     if AcceleratorState._shared_state.get("_mixed_precision", config.precision) != config.precision:
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=config.precision)
+    hidden = set(os.environ.get("CUDA_VISIBLE_DEVICES", "all").split(",")) <= {"", "-1"}  # as two_cpu.yaml hides GPUs
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    built = Accelerator(cpu=hidden and started > 1, mixed_precision=config.precision, **settings)
+    if built.num_processes != started:
+        raise ConfigError(f"{started} processes were started, accelerate counts {built.num_processes}; on a CPU use accelerate launch with vlmedit/real/configs/accelerate/two_cpu.yaml, or set ACCELERATE_USE_CPU=true")
+    return built
 
 
 class Optimizer:
@@ -170,8 +176,22 @@ class Checkpoints:
         os.replace(fresh, self.folder)
         shutil.rmtree(old, ignore_errors=True)
 
+    def check(self) -> None:
+        """Raise ConfigError when the newest checkpoint belongs to another configuration."""
+        found = next((f / "state.json" for f in (self.folder, self.folder.with_name("checkpoint.old")) if f.exists()), None)
+        if found is None:
+            return
+        state = json.loads(found.read_text())
+        newer = self.identity(type(self.config)())  # a setting that did not exist yet had what is now its default
+        mine, theirs = self.identity(), newer | state["config"]
+        wrong = [k for k in mine if mine[k] != theirs.get(k)]
+        if wrong or state["steps"] != self.config.steps:
+            what = ", ".join(f"{k}: {theirs.get(k)} there, {mine[k]} now" for k in wrong) or f"steps: {state['steps']} there, {self.config.steps} now"
+            raise ConfigError(f"{self.folder} belongs to another configuration ({what}); choose another out folder or delete it")
+
     def resume(self) -> int:
         """Restore the newest whole checkpoint and return its step, 0 when there is none."""
+        self.check()
         old = self.folder.with_name("checkpoint.old")
         if self.accelerator.is_main_process and not self.folder.exists() and old.exists():  # killed between the two renames
             os.replace(old, self.folder)
@@ -179,12 +199,6 @@ class Checkpoints:
         if not self.folder.exists():
             return 0
         state = json.loads((self.folder / "state.json").read_text())
-        newer = self.identity(type(self.config)())  # a setting that did not exist yet had what is now its default
-        mine, theirs = self.identity(), newer | state["config"]
-        wrong = [k for k in mine if mine[k] != theirs.get(k)]
-        if wrong or state["steps"] != self.config.steps:
-            what = ", ".join(f"{k}: {theirs.get(k)} there, {mine[k]} now" for k in wrong) or f"steps: {state['steps']} there, {self.config.steps} now"
-            raise ConfigError(f"{self.folder} belongs to another configuration ({what}); choose another out folder or delete it")
         for name, module in self.modules.items():
             module.load_state_dict(load_file(self.folder / f"{name}.safetensors"))
         for name, ema in self.averages.items():
