@@ -271,7 +271,7 @@ CLAIMS = (
         "yes": "192 scenes are soon known by heart, and what is kept of a scene that was never seen is not.",
     }),
     Claim("the same, against 50 % as many", "all 6.10, half 5.52", "data", "new each time", "50 %", {
-        CLEAR: "so few updates see most of that many requests once; what repeats is hardly noticed.", "yes": "also few repetitions cost.", "no": "repetitions did no harm in so few updates.",
+        CLEAR: "each of them is drawn twice on average; what repeats so little is hardly noticed.", "yes": "also few repetitions cost.", "no": "repetitions did no harm in so few updates.",
     }),
     Claim("on par with training on pairs, at four steps", "6.10; best of those trained on pairs 6.06", "objective", "full", "paired SFT", {
         "no": PAIRS,
