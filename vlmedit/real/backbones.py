@@ -14,7 +14,7 @@ Every family hides the same rectified flow behind conventions of its own:
 
 Sources: the edit pipelines of diffusers; Z-Image's two frames from the released NP-Edit code, which also modulates reference tokens as
 clean data: that is `omni=True`, diffusers' own two-time mode. SD3 and Sana have no slot for a second picture; channel concatenation with
-zero-initialised new weights is InstructPix2Pix's [arXiv:2211.09800].
+zero-initialized new weights is InstructPix2Pix's [arXiv:2211.09800].
 
 Shapes: x, reference (B, C, H, W) latents, of one size; t (B,) in [0, 1]; text a `Text`, or numbers (B, 1) of prompts in the bank.
 """

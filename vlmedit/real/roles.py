@@ -118,7 +118,7 @@ class AdapterRole(nn.Module):
     def requires_grad_(self, requires_grad: bool = True) -> AdapterRole:
         """The teacher has nothing to freeze; a trained role stays trainable as long as it exists."""
         if not requires_grad and self.role != "teacher":
-            raise ValueError(f"the {self.role} is one adapter of a shared base and cannot be frozen by itself; leave its parameters out of the optimiser")
+            raise ValueError(f"the {self.role} is one adapter of a shared base and cannot be frozen by itself; leave its parameters out of the optimizer")
         return self
 
     def state_dict(self, *_, **__) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Settings of a real run: one frozen dataclass, whose defaults are the released recipe, and the YAML files that ship.
 
-[R] the authors' released configuration, zimage_instruct_critic_internvl.yaml; where we differ, the comment says so and why.
+[R] the authors' released configuration, zimage_instruct_critic_internvl.yaml, or code; [P] the paper [arXiv:2510.14978], whose do-nothing share is
+known from a report that quotes it. Where we differ, the comment says so and why; what is no setting but a constant is in recipe.py, `FIXED`.
 A file of settings is found by its path or, when there is none, by its name among `configs/`; an unknown key is refused with the nearest
 known one.
 """
@@ -43,12 +44,12 @@ class RealConfig(TrainConfig):
     roles: str = "modules"  # or adapters: one base, LoRA for student and fake score [R: modules]
     rank: int = 64  # of the adapters
     alpha: float | None = None  # of the adapters; none is the rank
-    omni: bool = False  # Z-Image: reference as an image of its own, modulated as clean data [R: True in effect, by its own patch]
+    omni: bool = False  # Z-Image: reference as an image of its own, modulated as clean data [R: True in effect, by its own patch; off here, because no other family has it]
     # data
     buckets: tuple[str, ...] = BUCKETS
-    type_shares: dict[str, float] | None = None  # none draws every row of the manifest alike; [R] is `SHARES`
-    nothing_share: float = 0.01  # requests replaced by "do nothing" [paper]
-    flip: float = 0.0  # share mirrored left to right [R]; instructions that say left or right are never mirrored
+    type_shares: dict[str, float] | None = None  # none draws every row alike [R: `SHARES`; not ours, because they name every type that a manifest may hold]
+    nothing_share: float = 0.01  # requests replaced by "do nothing" [P; its code R data/instruct.py]
+    flip: float = 0.0  # share mirrored left to right [R]; instructions that say left or right, or speak of text, are never mirrored, because they would be wrong
     negative_prompt: str = "low quality, artifacts"  # of the unconditional score [R]
     text_cache: str | None = None  # folder of encoded prompts; none is `out`/text
     text_length: int = 512  # tokens, where the pipeline lets one choose; its default is usually 512
@@ -63,31 +64,31 @@ class RealConfig(TrainConfig):
     betas: tuple[float, float] = (0.0, 0.9)  # [R]
     weight_decay: float = 0.0  # [R]
     optimizer: str = "adamw"  # muon: for matrices, as the miniature's stages use it; adamw8bit and paged_adamw8bit need bitsandbytes [R: adamw]
-    ema: float = 0.0  # [R: .999 in the configuration, off in the code]
+    ema: float = 0.0  # decay of averaged weights, off as their code has it [R: .999 in the configuration, create_ema=False in DMDTrainer]
     # losses
-    matching: str = "dmd"
+    matching: str = "dmd"  # [R] [P]
     dmd_weight: float = 1.0  # [R]
     judge_weight: float = 0.02  # [R]
-    nothing_weight: float = 1.0  # [R]
+    nothing_weight: float = 1.0  # of the squared distance to the reference, in latents, on do-nothing rows alone [R]
     guidance: float = 3.5  # of the real score [R]
     guidance_strong: float = 7.5  # of the real score for `strong_types` [R]
     strong_types: tuple[str, ...] = ("remove", "shape", "style", "action")  # [R]
-    dmd_norm: str = "pixel"  # [R]
+    dmd_norm: str = "pixel"  # mean over channels [R]; "sample" is DMD2's
     fake_updates: int = 5  # per student update [R]
-    fake_rollouts: str = "fresh"  # [R]
-    calls: str = "mixed"  # [R]
+    fake_rollouts: str = "fresh"  # of the student, on batches of their own [R]
+    calls: str = "mixed"  # one call in a quarter of the updates, otherwise two; the same in every process [R; P: two]
     sampler_steps: int = 4  # [R]
-    sampler_shift: float = 6.0  # [R]
-    renoise: str = "fresh"  # [R]
-    gradient_calls: int | None = None  # all [R]
-    identity: bool = True  # [R]
-    answer_loss: str = "two_logits"  # [R]
-    questions: str = "released"  # the judge's, as the recipe words them; "shapes": in the words of the world of shapes, for its own judge
-    gain_steps: int = 2000  # [R]
-    target_caption: bool = True  # [R]
+    sampler_shift: float = 6.0  # times 1, .9474, .8571, .6667 [R; P: .90, .70, .47, or .75, .5, .25 in its first version]
+    renoise: str = "fresh"  # [R; P: same]
+    gradient_calls: int | None = None  # all [R] [P]
+    identity: bool = True  # second question; the mean of both losses counts [R; P: their sum]
+    answer_loss: str = "two_logits"  # [R] [P]
+    questions: str = "released"  # the recipe's two templates per question, in our words; "shapes": in the words of the world of shapes, for its own judge
+    gain_steps: int = 2000  # updates in which the gain of its logits grows from 0.1 to 1 [R]
+    target_caption: bool = True  # what teacher and fake score read [R] [P]
     # machine
     precision: str = "bf16"  # [R]
-    checkpointing: tuple[str, ...] = CHECKPOINTED  # whose blocks are recomputed [R: backbone and judge, not the autoencoder]
+    checkpointing: tuple[str, ...] = CHECKPOINTED  # whose blocks are recomputed [R: backbone and judge; the autoencoder here too, for memory]
     codec_precision: str = "fp32"  # of the autoencoder [R]
     offload: tuple[str, ...] = ()  # roles that wait in the CPU's memory while others work
     sharding: str = "auto"  # FSDP2 when accelerate was told so, "fsdp2" always, "none" never
@@ -157,11 +158,11 @@ class CopyConfig(RealConfig):
     betas: tuple[float, float] = (0.9, 0.99)  # [R]
     weight_decay: float = 0.01  # [R]
     spike: float = 100.0  # [R]
-    ema: float = 0.999  # [R: default]
+    ema: float = 0.999  # [R: "default", which is not told; .999 is the main stage's configuration]
     flip: float = 0.5  # [R]
-    nothing_share: float = 0.0
-    time_shift: float = 6.0  # of logit-normal times [R]
-    text_dropout: float = 0.1  # [R]
+    nothing_share: float = 0.0  # the stage copies anyway
+    time_shift: float = 6.0  # of logit-normal times [R: logit-normal weights; drawn so, no draw is spent on a weight near 0]
+    text_dropout: float = 0.1  # share of empty prompts [R; what theirs are is not known]
 
 
 def bucket_of(text: str) -> tuple[int, int]:

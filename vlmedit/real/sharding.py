@@ -4,10 +4,10 @@ Each block is sharded by itself (`fully_shard`), then a backbone as a whole. A j
 of a judge the blocks alone are sharded; embeddings and output layer stay whole, because the margin reads two rows of it. The autoencoder
 stays whole. A process averages nothing itself: FSDP2 hands it averaged gradients.
 
-`Whole` shows a sharded module, average or optimiser as if it were whole: its state is gathered weight by weight into the main process's
+`Whole` shows a sharded module, average or optimizer as if it were whole: its state is gathered weight by weight into the main process's
 memory, and given back to every process's shard.
 
-accelerate's own `prepare` is not used: it takes one model and its optimiser, calls it through its root, and on a CPU knows no FSDP at all
+accelerate's own `prepare` is not used: it takes one model and its optimizer, calls it through its root, and on a CPU knows no FSDP at all
 (`Accelerator` sets distributed_type to MULTI_CPU and drops the plugin). Its configuration files are: they start the processes, name the
 precision, and turn FSDP2 on, reshard after forward or not, and offload.
 """

@@ -123,7 +123,7 @@ BACKBONES = {
 
 @torch.no_grad()
 def awaken(model: nn.Module) -> nn.Module:
-    """Give zero-initialised weights small random values: a fresh adaLN, gate or pad token would hide what a test looks for."""
+    """Give zero-initialized weights small random values: a fresh adaLN, gate or pad token would hide what a test looks for."""
     for p in model.parameters():
         if not p.any() or not p.isfinite().all():
             nn.init.normal_(p, std=0.02)

@@ -125,7 +125,7 @@ class RealEdit(NPEdit):
         modules = dict(student=roles.student, fake=roles.fake, teacher=roles.teacher, judge=judge)
         self.waiting = {role: Waiting(modules[role], device) for role in config.offload}
         for role in {"student", "fake"} & self.waiting.keys():
-            self.waiting[role].enter()  # optimisers and averages are made, or restored, where their weights are
+            self.waiting[role].enter()  # optimizers and averages are made, or restored, where their weights are
 
     @contextmanager
     def clock(self, part: str):
@@ -167,7 +167,7 @@ class RealOptimizer(Optimizer):
 
 
 def adamw(name: str):
-    """The optimiser's class. Raises ConfigError where bitsandbytes is not installed."""
+    """The optimizer's class. Raises ConfigError where bitsandbytes is not installed."""
     if name in ("adamw", "muon"):
         return torch.optim.AdamW
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -398,7 +398,7 @@ class Setup:
         self.blank = None if judged else self.prompts.number("")
         process = run.accelerator.process_index, run.accelerator.num_processes
         self.feed = Feed(rows, config, self.prompts, self.questions, *process, device=run.device)
-        run.checkpoints.optimizers["data"] = self.feed.order  # its position is saved with the optimisers
+        run.checkpoints.optimizers["data"] = self.feed.order  # its position is saved with the optimizers
         self.bank = encoded(config, self.prompts, run.accelerator)
         self.codec = load_codec(config, run.device)
         self.roles = load_roles(config, self.bank, run.accelerator, self.sharded) if judged else None
