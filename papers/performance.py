@@ -328,7 +328,7 @@ def measure(config: RealConfig, whole: bool, updates: int, plain: bool = False, 
         profile.write_text(profiled(lambda: next(loop), ledger.cuda), encoding="utf-8")
     loop.close()
     if step.skipped:
-        raise SystemExit("an update was skipped: its gradient is not finite, so the optimiser's time is missing")
+        raise SystemExit("an update was skipped: its gradient is not finite, so the optimizer's time is missing")
     least = counted(config, whole)
     found = {}
     for part, (_, clocks) in PARTS.items():

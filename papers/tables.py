@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+import tyro
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGES = (HERE.parent / "README.md", HERE / "npedit.md")
@@ -324,7 +326,12 @@ def filled(page: Path, block: str) -> str:
     return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{block}\n{END}", text, flags=re.DOTALL)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the tables of README.md and papers/npedit.md anew, from papers/results."""
     for page, block in blocks().items():
         page.write_text(filled(page, block), encoding="utf-8")
         print(page.name)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

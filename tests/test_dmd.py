@@ -121,7 +121,7 @@ def test_no_gradient_reaches_teacher_or_fake():
     assert student.head[2].weight.grad.abs().max() > 0
 
 
-# --- the normalisers
+# --- the normalizers
 
 
 def by_hand(x, real, fake):
@@ -132,9 +132,9 @@ def by_hand(x, real, fake):
 
 MUTANTS = {
     "flipped sign": lambda x, real, fake: dmd_gradient(x, fake, real) * (x - fake).abs().mean((1, 2, 3), True) / (x - real).abs().mean((1, 2, 3), True),
-    "batch-wide normaliser": lambda x, real, fake: (fake - real) / (x - real).abs().mean(),
-    "no normaliser": lambda x, real, fake: fake - real,
-    "normalised by the fake": lambda x, real, fake: (fake - real) / (x - fake).abs().mean((1, 2, 3), True),
+    "batch-wide normalizer": lambda x, real, fake: (fake - real) / (x - real).abs().mean(),
+    "no normalizer": lambda x, real, fake: fake - real,
+    "normalized by the fake": lambda x, real, fake: (fake - real) / (x - fake).abs().mean((1, 2, 3), True),
     "sum, not mean": lambda x, real, fake: (fake - real) / (x - real).abs().sum((1, 2, 3), True),
     "per pixel": lambda x, real, fake: dmd_gradient(x, real, fake, "pixel"),
 }
@@ -146,7 +146,7 @@ def three(batch: int):
     return double(batch, 3, 4, 4), double(batch, 3, 4, 4, seed=1) * distance, double(batch, 3, 4, 4, seed=2)
 
 
-def test_normaliser_is_per_sample():
+def test_normalizer_is_per_sample():
     """Equal to the definition written out in numpy, to 1e-12: so a sample's gradient does not depend on its neighbours."""
     x, real, fake = three(4)
     torch.testing.assert_close(dmd_gradient(x, real, fake), by_hand(x, real, fake), atol=1e-12, rtol=0)
@@ -156,14 +156,14 @@ def test_normaliser_is_per_sample():
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_known_mistakes_are_told_apart(name):
-    """Each mutant is more than 1 % off for a batch of 4. The batch-wide normaliser is right for a batch of 1: one sample
+    """Each mutant is more than 1 % off for a batch of 4. The batch-wide normalizer is right for a batch of 1: one sample
     would not tell it."""
     off = lambda batch: ((MUTANTS[name](*three(batch)) - by_hand(*three(batch))).abs().mean() / by_hand(*three(batch)).abs().mean()).item()
     assert off(4) > 0.01
-    assert (off(1) < 1e-12) == (name == "batch-wide normaliser")
+    assert (off(1) < 1e-12) == (name == "batch-wide normalizer")
 
 
-def test_pixel_normaliser_is_the_released_code_s():
+def test_pixel_normalizer_is_the_released_code_s():
     """Recomputed as released (method.md 1.7): "(b c) ..." split with b, then mean over both leading axes of (b, 1, C, f, h, w),
     which leaves one weight per pixel, clamped from below."""
     x, real, fake = three(3)
@@ -173,14 +173,14 @@ def test_pixel_normaliser_is_the_released_code_s():
     torch.testing.assert_close(dmd_gradient(x, real, fake, "pixel"), (fake - real) / weight, atol=1e-12, rtol=0)
 
 
-def test_normaliser_is_bounded_from_below():
+def test_normalizer_is_bounded_from_below():
     """Where the teacher agrees with the picture exactly, the gradient is (x0_fake - x0_real) / eps, not infinite."""
     x, _, fake = three(2)
     torch.testing.assert_close(dmd_gradient(x, x, fake, eps=1e-2), (fake - x) / 1e-2, atol=1e-12, rtol=0)
 
 
-def test_unknown_normaliser():
-    with pytest.raises(ValueError, match="unknown normaliser 'batch'; known: sample, pixel"):
+def test_unknown_normalizer():
+    with pytest.raises(ValueError, match="unknown normalizer 'batch'; known: sample, pixel"):
         dmd_gradient(*three(1), norm="batch")
 
 

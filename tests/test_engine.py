@@ -122,7 +122,7 @@ class Killed(BaseException):
 
 
 def small(tmp_path, **overrides) -> tuple[Checkpoints, nn.Module]:
-    """Checkpoints of one small layer with optimiser and average."""
+    """Checkpoints of one small layer with optimizer and average."""
     config = TrainConfig.make("smoke", out=str(tmp_path), precision="no", **overrides)
     torch.manual_seed(0)
     model = nn.Linear(20, 20)
@@ -250,7 +250,7 @@ def test_stages_of_different_precision_follow_each_other_in_one_process(tmp_path
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
-# --- the optimiser
+# --- the optimizer
 
 
 def layer(**overrides) -> tuple[nn.Module, Optimizer, TrainConfig]:
@@ -262,7 +262,7 @@ def layer(**overrides) -> tuple[nn.Module, Optimizer, TrainConfig]:
 
 @pytest.mark.parametrize("value", (math.nan, math.inf, 1e4))
 def test_guard_skips_spikes_and_non_finite_gradients(value):
-    """A gradient that is not finite, or whose norm exceeds `spike`, changes neither weights nor optimiser state, is reported,
+    """A gradient that is not finite, or whose norm exceeds `spike`, changes neither weights nor optimizer state, is reported,
     and is cleared; the next sound one is applied."""
     model, optimizer, config = layer()
     accelerator = make_accelerator(config)
@@ -307,7 +307,7 @@ def test_rate_warms_up_and_falls_as_a_cosine():
 
 
 def test_matrices_go_to_muon_and_everything_goes_somewhere():
-    """Every trainable parameter of the DiT is in exactly one optimiser; embeddings, biases and convolutions are AdamW's."""
+    """Every trainable parameter of the DiT is in exactly one optimizer; embeddings, biases and convolutions are AdamW's."""
     model = DiT(side=16, vocab_size=len(build_tokenizer()))
     names = {p: n for n, p in model.named_parameters()}
     optimizer = Optimizer(model, TrainConfig.make())

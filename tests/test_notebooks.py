@@ -134,7 +134,7 @@ def test_settings_of_the_papers_table_are_the_configs():
     assert here["main stage: updates".replace("main stage", "main stage**")] == f"{c.steps:,}; main job's live run {LIVE['laptop']['steps']}"
     assert here["batch"] == str(c.batch)
     assert here["learning rate"] == f"{c.lr * 1000:g}e-3, {c.warmup} warm-up, cosine to {c.final_lr:.0%}; fake {c.fake_lr * 1000:g}e-3, likewise".replace("%", " %")
-    assert f"({g(c.betas[0])}, {g(c.betas[1])})" in here["optimiser"] and f"weight decay {g(c.weight_decay)}" in here["optimiser"]
+    assert f"({g(c.betas[0])}, {g(c.betas[1])})" in here["optimizer"] and f"weight decay {g(c.weight_decay)}" in here["optimizer"]
     assert here["gradient clip, spike guard"] == f"{g(c.clip)}, skip above {g(c.spike)}"
     assert here["EMA"].startswith(g(c.ema))
     weights = next(v for k, v in here.items() if k.startswith("$\\lambda"))

@@ -323,7 +323,7 @@ def test_loading_goes_by_the_class(saved):
 
 
 def test_the_engine_trains_an_adapter_of_a_bf16_base(saved):
-    """The suite's own optimiser and average take a role as a model: the student's adapter of a half-precision base moves, the base and the
+    """The suite's own optimizer and average take a role as a model: the student's adapter of a half-precision base moves, the base and the
     fake's adapter do not, the average holds the adapter alone and goes back into it."""
     backbone = tiny.load_backbone(saved / "flux")[0]
     backbone.transformer.to(torch.bfloat16)

@@ -4,8 +4,8 @@ The gradient of KL(student || teacher) at noise level t is the difference of two
 (x0_real, guided) and of an online model of the student's own distribution (x0_fake) [arXiv:2311.18828, Eq. 7, 8 in
 x0-prediction form]. NP-Edit conditions both on the *target caption*, never on the reference [arXiv:2510.14978, Sec. 3.3].
 
-Shapes: x (B, C, H, W), t (B,). Conventions: flow.py. Deviates: the normaliser is clamped at 1e-6 (the released code: 1e-8).
-The two normalisers: per sample (DMD2, Self-Forcing) and per pixel (the released code; method.md 1.7).
+Shapes: x (B, C, H, W), t (B,). Conventions: flow.py. Deviates: the normalizer is clamped at 1e-6 (the released code: 1e-8).
+The two normalizers: per sample (DMD2, Self-Forcing) and per pixel (the released code; method.md 1.7).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NORMS = ("sample", "pixel")
 def dmd_gradient(x: Tensor, x0_real: Tensor, x0_fake: Tensor, norm: str = "sample", eps: float = 1e-6) -> Tensor:
     """(x0_fake - x0_real) / mean|x - x0_real|: Eq. 7 over Eq. 8. Never carries a graph."""
     if norm not in NORMS:
-        raise ValueError(f"unknown normaliser {norm!r}; known: {', '.join(NORMS)}")
+        raise ValueError(f"unknown normalizer {norm!r}; known: {', '.join(NORMS)}")
     x, x0_real, x0_fake = x.detach(), x0_real.detach(), x0_fake.detach()
     axes = tuple(range(1, x.ndim)) if norm == "sample" else (1,)
     scale = (x - x0_real).abs().mean(axes, keepdim=True).clamp(min=eps)

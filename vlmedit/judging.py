@@ -1,7 +1,7 @@
 """The judge's loss: how a yes becomes a gradient on pixels.
 
     p(a) = sigmoid(l_a - l_not_a),  L = - sum_j log p(a_j)  over the edit and the identity question   [arXiv:2510.14978, Eq. 4]
-Only the two answer tokens are normalised; `answer_loss="vocabulary"` is the full cross-entropy the paper ablates. The logits are
+Only the two answer tokens are normalized; `answer_loss="vocabulary"` is the full cross-entropy the paper ablates. The logits are
 multiplied by a gain that ramps from 0.1 to 1 (`temperature` in the released code), so the judge starts soft.
 
 Shapes: margins and answers (N,); pictures (B, 3, S, S) in [-1, 1].

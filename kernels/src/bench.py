@@ -190,6 +190,7 @@ def _answer(model: str, side: int, length: int, width: int, words: int) -> Case:
 
 
 def cases() -> Iterator[Case]:
+    """Every operation at the shapes of the models that it is for."""
     for side in (512, 1024):
         for model, (width, heads, text) in MODELS.items():
             tokens = 2 * (side // 16) ** 2  # the target's and the reference's
@@ -344,6 +345,7 @@ def verdicts(rows: list[Row]) -> dict[str, str]:
 
 
 def line(row: Row) -> str:
+    """A row of the table."""
     cell = lambda v, digits: f"{'-':>9}" if v is None else f"{v:>9.{digits}f}"
     yes_no = lambda v: f"{ {True: 'yes', False: 'no', None: '-'}[v]:>8}"
     numbers = [cell(v, 3) for v in (row.reference_ms, row.compiled_ms, row.kernel_ms)]

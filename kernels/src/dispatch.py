@@ -147,6 +147,7 @@ def exact(t: Tensor) -> torch.autocast:
 
 
 def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 

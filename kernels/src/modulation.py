@@ -246,6 +246,6 @@ def gated_adaln(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: T
 
 
 def adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
-    """LN(x) * (1 + scale) + shift: the modulation alone, as before a block's first branch."""
+    """LN(x) * (1 + scale) + shift: the modulation alone, as before a block's first branch. x (B, N, D); scale and shift (B, D). Raises as `gated_adaln`."""
     _check("adaln", x, None, None, scale, shift)
     return _op(x, None, None, scale, shift, eps)[1]

@@ -107,6 +107,7 @@ class Backbone(nn.Module):
         return self.config.in_channels
 
     def encode_text(self, numbers: Tensor) -> Text:
+        """The states of prompts by their numbers (B, 1) in the bank, in the weights' precision."""
         return self.bank(numbers, self.transformer.device, self.transformer.dtype)
 
     def hold_reference(self, reference: Tensor, text: Text) -> Tensor:
@@ -115,7 +116,7 @@ class Backbone(nn.Module):
 
     def velocity(self, x: Tensor, t: Tensor, text: Text | Tensor, reference: Tensor | None = None) -> Tensor:
         """v (B, C, H, W) at x_t, in the precision of x. The weights' precision rounds latents and words; time stays in float32 up to the
-        sinusoids of its embedder."""
+        sinusoids of its embedder. Raises ValueError for latents of another model."""
         if isinstance(text, Tensor):
             text = self.encode_text(text)
         for name, z in (("x", x), ("reference", reference)):
@@ -131,6 +132,7 @@ class Backbone(nn.Module):
     forward = velocity
 
     def predict(self, x: Tensor, t: Tensor, text: Text, reference: Tensor | None) -> Tensor:
+        """`velocity` by the family's own call: x and reference in the weights' precision, t in float32."""
         raise NotImplementedError
 
 
@@ -320,7 +322,7 @@ def family_of(name: str) -> type[Backbone]:
 @torch.no_grad()
 def widen(transformer: ModelMixin) -> ModelMixin:
     """A copy of an SD3 or Sana transformer with room for a reference: twice the input channels, the new weights zero, so that it
-    draws what it drew before."""
+    draws what it drew before. Raises ValueError for another class, or one that is widened already."""
     family = family_of(type(transformer).__name__)
     if not issubclass(family, Channels):
         raise ValueError(f"{type(transformer).__name__} takes its reference as tokens; only SD3Transformer2DModel and SanaTransformer2DModel are widened")

@@ -101,7 +101,7 @@ def read_gedit(folder: Path, language: str = "en") -> Iterator[Case]:
 
 def read_imgedit(folder: Path, language: str = "en") -> Iterator[Case]:
     """ImgEdit-Bench, single turn: {key: {"id": picture, "prompt": ..., "edit_type": ...}}, pictures beside it or in singleturn/. Its questions by
-    type are in judge_prompt.json, or prompts.json beside basic_edit.json, in that folder or the one above."""
+    type are in judge_prompt.json, or prompts.json beside basic_edit.json, in that folder or the one above. Raises `InputError` for a folder without them."""
     listed = [p for p in (folder / "singleturn.json", folder / "basic_edit.json", *sorted(folder.rglob("singleturn.json"))) if p.is_file()]
     if not listed:
         raise InputError(f"{folder}: has no singleturn.json or basic_edit.json; name the folder of the unpacked benchmark")
@@ -115,7 +115,8 @@ def read_imgedit(folder: Path, language: str = "en") -> Iterator[Case]:
 
 
 def read_dreambooth(folder: Path, language: str = "en") -> Iterator[Case]:
-    """DreamBooth: every subject with the 25 prompts of its kind; the rare token of the prompts is left out."""
+    """DreamBooth: every subject with the 25 prompts of its kind; the rare token of the prompts is left out. Raises `InputError` for
+    another folder."""
     listed = next(iter(sorted(folder.rglob("prompts_and_classes.txt"))), None)
     if listed is None:
         raise InputError(f"{folder}: has no prompts_and_classes.txt; name the folder of google/dreambooth")
@@ -185,7 +186,8 @@ def find_edits(cases: Sequence[Case], edits: Path, partial: bool = False) -> lis
 
 def draw_edits(cases: Sequence[Case], edits: Path, exported, load: Callable, seed: int = 0) -> Iterator[int]:
     """Let an exported editor [editor.py] draw the edits that are missing, each at its reference's size and from the same seed; yield how many
-    are there. `load(exported)` is called if any is. `drawn.json` tells who drew the folder: edits of another editor are refused."""
+    are there. `load(exported)` is called if any is. `drawn.json` tells who drew the folder: edits of another editor are refused
+    with an `InputError`."""
     place = str(Path(exported.name).resolve()) if Path(exported.name).is_dir() else exported.name
     about, note = {"model": place, "steps": exported.steps, "seed": seed}, edits / "drawn.json"
     if (known := saved(note) or about) != about:
@@ -284,14 +286,14 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def pictures(self, images: Sequence[Image.Image]) -> Tensor:
-        """(N, d)"""
+        """(N, d) of unit length."""
         x = torch.as_tensor(self.processor(list(images), return_tensors="pt")["pixel_values"]).to(self.model.device, self.model.dtype)
         out = self.model.get_image_features(pixel_values=x) if self.tokenizer else self.model(pixel_values=x).last_hidden_state[:, 0]
         return F.normalize(getattr(out, "pooler_output", out).float(), dim=-1).cpu()
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """(N, d), cut to the model's length."""
+        """(N, d) of unit length, texts cut to the model's length. Raises `InputError` for a model without words."""
         if self.tokenizer is None:
             raise InputError(f"{type(self.model).__name__} has no words; CLIP-T needs a CLIP")
         length = self.model.config.text_config.max_position_embeddings
@@ -353,7 +355,8 @@ def measure(
     batch: int = 4, side: int = SIDE, total: int | None = None, against: Sequence[Path] = (),
 ) -> Iterator[int]:  # fmt: skip
     """Judge every edit, yield how many are done after each batch, and write cases/KEY.json, result.json and contact.png. What an earlier run
-    of the same record said of the same pictures is kept. `total`: cases of the whole benchmark; `against`: runs that must compare with it."""
+    of the same record said of the same pictures is kept. `total`: cases of the whole benchmark; `against`: runs that must compare with it.
+    Raises `InputError` where they do not, and where nothing is named to measure with."""
     if not (judge or clip or dino):
         raise InputError("nothing to measure with: name a --judge, a --clip or a --dino")
     record = record_of(name, judge, clip, dino, language, side)

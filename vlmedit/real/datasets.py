@@ -171,7 +171,8 @@ def write_items(items: Iterable[Item], path: Path) -> None:
 
 
 def json_rows(path: Path) -> Iterator[dict]:
-    """The objects of a JSONL file or of one JSON array, read piece by piece: arrays of a million rows do not fit a small memory."""
+    """The objects of a JSONL file or of one JSON array, read piece by piece: arrays of a million rows do not fit a small memory.
+    Raises `InputError` for a file that is cut short or no JSON."""
     decoder, buffer, end = json.JSONDecoder(), "", False
     _check_ends(path)
     with open(path, encoding="utf-8-sig") as file:
@@ -326,6 +327,7 @@ def read_npedit(folder: Path, skipped: Counter) -> Iterator[Found]:
 
 
 def read_own(folder: Path, skipped: Counter) -> Iterator[Found]:
+    """A manifest of ours, or a folder with one."""
     for number, item in enumerate(read_items(folder if folder.is_file() else folder / "manifest.jsonl")):
         path = Path(item.image)
         yield Found(f"{number:08d}-{path.name}", path.read_bytes, path, item.instruction, item.type, item.object, item.caption, item.target_caption)
@@ -394,7 +396,7 @@ def whole_parquet(path: Path):
 
 
 def parquet_rows(path: Path, columns: list[str]) -> Iterator[dict]:
-    """Rows of a parquet file, of which only these columns are read from the disk."""
+    """Rows of a parquet file, of which only these columns are read from the disk. Raises `InputError` where one is lacking."""
     with whole_parquet(path) as file:
         lacking = [c for c in columns if c not in file.schema_arrow.names]
         if lacking:

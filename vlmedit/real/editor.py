@@ -42,7 +42,8 @@ LIBRARIES = ("diffusers", "transformers")
 
 
 def local(model: str, whole: bool = False) -> Path:
-    """The folder itself, or that of an id of the Hub: its small files, or all of them if `whole`."""
+    """The folder itself, or that of an id of the Hub: its small files, or all of them if `whole`. Raises `InputError` for an id that
+    leads nowhere."""
     if not looks_like_id(model):
         return Path(model)
     try:
@@ -157,7 +158,7 @@ class Editor:
         pipe.set_progress_bar_config(disable=True)
 
     def draw(self, view: Image.Image, instruction: str, steps: int, generator: torch.Generator) -> Image.Image:
-        """One edit, at the view's size."""
+        """One edit, at the view's size. Raises `InputError` where the memory does not suffice."""
         width, height = view.size
         settings = dict(height=height, width=width, num_inference_steps=steps, max_sequence_length=self.exported.text_length, generator=generator)
         if self.exported.transformer in PIPELINES:
@@ -213,6 +214,7 @@ def noise_from(scheduler: FlowMatchEulerDiscreteScheduler, generator: torch.Gene
 
 
 def load_pipeline(exported: Exported, dtype: torch.dtype) -> DiffusionPipeline:
+    """The exported folder itself, or an adapter upon its base. Code of its own is run only where `exported` says that it may be."""
     folder, settings = local(exported.name, whole=True), {DTYPE: dtype}
     stock = pipeline_class(exported.transformer)
     if exported.kind == "full":
@@ -229,7 +231,8 @@ def load_pipeline(exported: Exported, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def load(exported: Exported, judge: Judge | None = None) -> Editor:
-    """Read the weights: bf16 on a GPU, fp32 on a CPU. Where the GPU's memory does not hold all of them, parts wait in the CPU's."""
+    """Read the weights: bf16 on a GPU, fp32 on a CPU. Where the GPU's memory does not hold all of them, parts wait in the CPU's.
+    Raises `InputError` where they cannot be read."""
     on_gpu = torch.cuda.is_available()
     said = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()  # the scheduler's further settings are ours [few_step_scheduler]; warnings of them would frighten

@@ -119,7 +119,7 @@ def opened(place: Place) -> Image.Image:
 
 
 def picture_size(path: Place) -> tuple[int, int]:
-    """Width and height, upright, from the header."""
+    """Width and height, upright, from the header. Raises `InputError` for what is no picture."""
     try:
         with opened(path) as image:
             turned = image.getexif().get(0x0112, 1) >= 5
@@ -129,7 +129,7 @@ def picture_size(path: Place) -> tuple[int, int]:
 
 
 def load_fitted(path: Place, size: tuple[int, int]) -> Tensor:
-    """(3, H, W) in [-1, 1]: scaled to cover the bucket, what protrudes cut off evenly."""
+    """(3, H, W) in [-1, 1]: scaled to cover the bucket, what protrudes cut off evenly. Raises `InputError` for a damaged picture."""
     try:
         with opened(path) as image:
             upright = to_rgb(ImageOps.exif_transpose(image))
@@ -213,6 +213,7 @@ class Feed:
         return [(number, self.load(*plan[number], rng_for("rows", self.config.seed, *key, number))) for number in mine]
 
     def load(self, bucket: int, rows: Sequence[int], rng: random.Random) -> UnpairedBatch:
+        """These rows at the size of their bucket, `nothing_share` of them as "do nothing", `flip` of them mirrored."""
         requests, pictures = [], []
         for row in (self.rows[i] for i in rows):
             request = nothing_of(row.request, rng) if rng.random() < self.config.nothing_share else row.request

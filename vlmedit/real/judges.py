@@ -170,6 +170,7 @@ class Judge(nn.Module):
         self.eval()
 
     def setting(self, key: str):
+        """An image setting of the checkpoint. Raises ValueError where its files lack it."""
         if key not in self.settings:
             raise ValueError(f"the judge's preprocessor settings lack {key!r}; they come from its preprocessor_config.json, class defaults are other models'")
         return self.settings[key]
@@ -233,7 +234,8 @@ class Judge(nn.Module):
         return out
 
     def prompt(self, question: str, pictures: Sequence[Tensor]) -> str:
-        """The chat up to the answer, by the checkpoint's own template where it has one; each picture as many tokens as it has."""
+        """The chat up to the answer, by the checkpoint's own template where it has one; each picture as many tokens as it has.
+        Raises ValueError where the template shows another number of pictures."""
         if self.tokenizer.chat_template:
             content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
             text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
@@ -245,6 +247,7 @@ class Judge(nn.Module):
         return parts[0] + "".join(self.shown(p) + part for p, part in zip(pictures, parts[1:]))
 
     def plain(self, question: str, count: int) -> str:
+        """The chat of a checkpoint without a template, as its family writes it: `count` pictures, each as one token."""
         seen = f"{self.before}{self.image_token}{self.after}" * count
         return f"{self.system}<|im_start|>user\n{seen}{question}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -264,7 +267,8 @@ class Judge(nn.Module):
         return out.last_hidden_state, inputs["attention_mask"].sum(1)
 
     def inputs(self, images: Sequence[Sequence[Tensor]], questions: Sequence[str], side: str = "right") -> dict:
-        """Arguments of the family's forward for questions about any number of pictures each, padded on that side."""
+        """Arguments of the family's forward for questions about any number of pictures each, padded on that side. Raises ValueError for one
+        that is longer than the context."""
         unique = {id(p): p for row in images for p in row}
         seen = dict(zip(unique, self.look(list(unique.values()))))
         ids = [torch.tensor(self.tokenizer.encode(self.prompt(q, row), add_special_tokens=False)) for q, row in zip(questions, images)]
@@ -554,7 +558,8 @@ FAMILIES: dict[str, type[Judge]] = {
 
 
 def preprocessor_settings(folder: str | os.PathLike) -> dict:
-    """The image settings of a checkpoint, old layout (preprocessor_config.json) or new (processor_config.json)."""
+    """The image settings of a checkpoint, old layout (preprocessor_config.json) or new (processor_config.json). Raises FileNotFoundError
+    where neither has them."""
     for file in ("preprocessor_config.json", "processor_config.json"):
         path = cached_file(str(folder), file, local_files_only=not reachable(), _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
         if path:

@@ -41,7 +41,8 @@ ENCODERS = ("text_encoder", "image_encoder")  # how a pipeline names its other m
 
 
 def read_json(place: str, file: str) -> dict | None:
-    """A small file of a folder or of a model of the Hub; None where there is none."""
+    """A small JSON file of a folder or of a model of the Hub; None where there is none. Raises `InputError` for a place that leads nowhere,
+    and for what is no JSON."""
     path = Path(place) / file
     if Path(place).is_dir():
         return parsed(path) if path.is_file() else None
@@ -246,6 +247,7 @@ def encoder_of(config) -> dict[str, str | int]:
 
 
 def frozen_dtype(config) -> torch.dtype:
+    """Of weights that are not trained."""
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
@@ -274,7 +276,8 @@ def load_codec(config, device: torch.device) -> ExactCodec | PixelCodec:
 
 
 def load_backbone(config, bank: TextBank, dtype: torch.dtype, place: str | None = None, checkpointing: bool = True) -> Backbone:
-    """The backbone with its settings; a family without a slot for a reference is widened."""
+    """The backbone with its settings; a family without a slot for a reference is widened. Raises `ConfigError` for `omni`
+    with another family than Z-Image."""
     transformer = load_transformer(place, **{DTYPE: dtype}) if place else load_part(config, "transformer", dtype)
     if issubclass(family_of(type(transformer).__name__), Channels) and not place:
         transformer = widen(transformer)

@@ -16,6 +16,8 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import diffusers
@@ -36,6 +38,7 @@ from vlmedit.real.judges import recompute
 from vlmedit.real.loading import frozen_dtype, read_json
 from vlmedit.real.roles import lora_targets
 from vlmedit.real.settings import CopyConfig, RealConfig
+from vlmedit.real.sharding import blocks
 from vlmedit.real.text import Text, TextBank
 from vlmedit.real.train import PRESENT, prepared
 
@@ -63,6 +66,7 @@ class RoleBudget:
     average: int = 0
     activations: int = 0
     flops: float = 0.0
+    whole: int = 0  # of the weights: what every process holds for itself, sharded or not
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -93,6 +97,7 @@ def meta_transformer(place: str) -> tuple[nn.Module, str]:
 
 @lru_cache(maxsize=8)
 def meta_codec(place: str) -> tuple[AutoencoderCodec | PixelCodec, str]:
+    """The autoencoder on the meta device, and a note where its configuration is not the place's own."""
     if family_of(type(meta_transformer(place)[0]).__name__).pixels:
         return PixelCodec(), "none: it works on pixels"
     try:
@@ -109,6 +114,7 @@ def meta_codec(place: str) -> tuple[AutoencoderCodec | PixelCodec, str]:
 
 @lru_cache(maxsize=8)
 def meta_judge(place: str) -> tuple[nn.Module, str]:
+    """The judge on the meta device, and a note where its configuration is not the place's own."""
     try:
         config = read_json(place, "config.json")
     except InputError as error:
@@ -122,6 +128,7 @@ def meta_judge(place: str) -> tuple[nn.Module, str]:
 
 
 def shapes(*size: int) -> Tensor:
+    """A tensor of that size without data, in bf16."""
     return torch.empty(*size, device="meta", dtype=torch.bfloat16)
 
 
@@ -273,11 +280,14 @@ class Plan:
         return ("student",) if isinstance(self.config, CopyConfig) else ("student", "teacher", "judge", "fake")
 
     def memory(self, part: str) -> float:
-        """Bytes on one device while a part of the update runs: who is there, and every graph that waits."""
+        """Bytes on one device while a part of the update runs: who is there, and every graph that waits. Sharded, processes share
+        all but what is whole on every device: the autoencoder, and of a judge what lies outside its blocks [sharding.py]."""
         c, total = self.config, 0.0
         for r in self.roles:
             waiting = r.role in c.offload and r.role not in PRESENT[part] and len(self.parts) > 1
-            total += (r.standing - r.weights if waiting else r.standing) / (self.processes if self.sharded and r.role != "autoencoder" else 1)
+            standing = r.standing - r.weights if waiting else r.standing
+            whole = min(r.whole, standing) if self.sharded else standing
+            total += whole + (standing - whole) / self.processes
         held = {"student": ("student",), "rollout": (), "teacher": ("student",), "judge": ("student", "judge", "autoencoder"), "fake": ("fake",)}[part]
         return total + sum(r.activations for r in self.roles if r.role in held)
 
@@ -300,8 +310,12 @@ class Plan:
 
 
 def plan(config: RealConfig, processes: int | None = None, sharded: bool | None = None) -> Plan:
-    """Count a run. `processes` and `sharded` default to what the launcher and the settings say."""
-    config = prepared(config)
+    """Count a run. `processes` and `sharded` default to what the launcher and the settings say. Nothing is left on the disk."""
+    with TemporaryDirectory() as folder:
+        return dataclasses.replace(_plan(prepared(config, Path(folder)), processes, sharded), config=config)
+
+
+def _plan(config: RealConfig, processes: int | None, sharded: bool | None) -> Plan:
     processes = processes or int(os.environ.get("WORLD_SIZE", 1))
     if sharded is None:
         told = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
@@ -338,7 +352,7 @@ def plan(config: RealConfig, processes: int | None = None, sharded: bool | None 
         role("student", trained, weights=4 * trained, gradients=4 * trained, moments=moments, average=4 * trained if config.ema else 0, activations=most * kept(with_reference, "backbone"), flops=n * calls * with_reference.flops * (learns + again), notes=[note] if note else []),
         role("fake", trained, weights=4 * trained, gradients=4 * trained, moments=moments, activations=kept(without, "backbone"), flops=n * (updates * (rollout + without.flops * (learns + again)) + (without.flops if config.dmd_weight else 0))),
         role("teacher", base, weights=low * base, flops=n * guided * without.flops if config.dmd_weight else 0.0, notes=["the base of both adapters"] if adapters else []),
-        role("autoencoder", budget.parameters(codec), weights=codec_bytes * budget.parameters(codec), activations=pictures * (decoder.recomputed if recomputed["codec"] else decoder.activations), flops=n * decoder.flops * (2 + (1 if recomputed["codec"] else 0)) if config.judge_weight else 0.0, notes=[codec_note] if codec_note else []),
+        role("autoencoder", budget.parameters(codec), weights=codec_bytes * budget.parameters(codec), whole=codec_bytes * budget.parameters(codec), activations=pictures * (decoder.recomputed if recomputed["codec"] else decoder.activations), flops=n * decoder.flops * (2 + (1 if recomputed["codec"] else 0)) if config.judge_weight else 0.0, notes=[codec_note] if codec_note else []),
     ]  # fmt: skip
     judge = role("judge", 0)
     for place in config.judge:
@@ -347,6 +361,7 @@ def plan(config: RealConfig, processes: int | None = None, sharded: bool | None 
         size = budget.parameters(model)
         judge.parameters += size
         judge.weights += low * size
+        judge.whole += low * (size - sum(map(budget.parameters, blocks(model))))
         judge.activations += kept(vision, "judge") + kept(words, "judge")
         passes = 2 + (1 if recomputed["judge"] else 0)
         judge.flops += n * (vision.flops * (passes + 1) + words.flops * passes) if config.judge_weight else 0.0  # the reference is seen once, without a graph
@@ -367,7 +382,7 @@ def copy_roles(config: CopyConfig, transformer: nn.Module, codec: AutoencoderCod
     base = budget.parameters(transformer)
     frozen = [RoleBudget("base", base, weights=low * base + 4 * trained, notes=["of the adapter, and the fake score's, idle"])] if adapters else []
     width, height = max(config.sizes, key=lambda s: s[0] * s[1])
-    autoencoder = RoleBudget("autoencoder", size, weights=codec_bytes * size, flops=n * encoder_flops(codec, (height, width)), notes=[codec_note] if codec_note else [])
+    autoencoder = RoleBudget("autoencoder", size, weights=codec_bytes * size, whole=codec_bytes * size, flops=n * encoder_flops(codec, (height, width)), notes=[codec_note] if codec_note else [])
     return [student, *frozen, autoencoder]
 
 

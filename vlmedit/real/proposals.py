@@ -89,7 +89,7 @@ def parse_caption(text: str, reason: str) -> str:
 
 
 def parse_proposal(text: str, kind: str) -> tuple[str, str | None]:
-    """Instruction and object of a proposal."""
+    """Instruction and object of a proposal. Raises `Refused` with the reason."""
     try:
         (instruction,) = fields_of(text, "instruction")
     except ValueError:
@@ -108,7 +108,7 @@ def parse_proposal(text: str, kind: str) -> tuple[str, str | None]:
 
 
 def parse_answer(text: str) -> bool:
-    """Yes or no, the answer's first word."""
+    """Yes or no, the answer's first word. Raises `Refused` for another one."""
     found = re.match(r"\W*(yes|no)\b", text, re.I)
     if not found:
         raise Refused("no clear answer")

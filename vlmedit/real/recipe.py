@@ -40,7 +40,7 @@ MAIN_STAGE = (
     Line("DMD reads the target caption", "target_caption", "True", "[R]; [P]"),
     Line("weight of do-nothing", "nothing_weight", "1", "[R]"),
     Line("guidance of the real score", "guidance", "3.5; 7.5 for removal, shape, style, action", "[R]"),
-    Line("DMD normaliser", "dmd_norm", "pixel", "[R] latent_fm.py"),
+    Line("DMD normalizer", "dmd_norm", "pixel", "[R] latent_fm.py"),
     Line("fake-score updates per student update", "fake_updates", "5", "[R]"),
     Line("their samples", "fake_rollouts", "fresh", "[R] latent_fm.py"),
     Line("sampler's steps", "sampler_steps", "4", "[R]; [P]"),
@@ -53,7 +53,7 @@ MAIN_STAGE = (
 )
 
 FIXED = (  # what is no setting of `NPEditConfig`: constants of our code, and RealConfig's own
-    Line("DMD normaliser's clamp", None, "1e-8 (here 1e-6 for both normalizers, in vlmedit/dmd.py)", "[R] compute_distribution_matching_loss"),
+    Line("DMD normalizer's clamp", None, "1e-8 (here 1e-6 for both normalizers, in vlmedit/dmd.py)", "[R] compute_distribution_matching_loss"),
     Line("DMD times", None, "uniform 0.02-0.98, shift 1", "[R]"),
     Line("fake score's times", None, "uniform 0-1, shift 1 (here 0.001-0.999, where both ends teach nothing)", "[R]"),
     Line("unroll of several steps from update", None, "0 (class default 4,000: one step before it)", "[R] start_multistep_sampling_step"),

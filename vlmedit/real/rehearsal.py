@@ -201,7 +201,8 @@ OWN = {"judge": "judge", "start": "warm"}  # shipped checkpoints that are comple
 
 
 def made(place: str, folder: Path, what: str) -> str:
-    """The place itself; of "tiny:NAME" a folder below `folder`, made unless it is there. `what`: backbone, judge, data or start."""
+    """The place itself; of "tiny:NAME" a folder below `folder`, made unless it is there. `what`: backbone, judge, data or start.
+    Raises `InputError` for a name that is not known."""
     if not place.startswith(PREFIX):
         return place
     name = place.removeprefix(PREFIX)

@@ -95,11 +95,13 @@ class Book:
         return torch.tensor([[self.number(t)] for t in texts])
 
     def look_up(self, ids: Tensor) -> list[str]:
+        """The texts of numbers of any shape."""
         return [self.texts[i] for i in ids.flatten().tolist()]
 
 
 def batch_of(requests: Sequence[Request], reference: Tensor, prompts: Book, questions: Book, wording: str = "released") -> UnpairedBatch:
-    """These requests of these pictures. `prompts` grows by instructions and captions, `questions` by the judge's in a `wording` of `QUESTIONS`."""
+    """These requests of these pictures. `prompts` grows by instructions and captions, `questions` by the judge's in a `wording` of `QUESTIONS`.
+    Raises ValueError unless there is one picture per request."""
     if len(requests) != len(reference):
         raise ValueError(f"{len(requests)} requests of {len(reference)} pictures; there must be one picture each")
     asked = [QUESTIONS[wording](r) for r in requests]

@@ -139,6 +139,7 @@ class AdapterRole(nn.Module):
         return self.shared.backbone.hold_reference(reference, text)
 
     def velocity(self, x: Tensor, t: Tensor, text: Text | Tensor, reference: Tensor | None = None) -> Tensor:
+        """The base's `velocity` under this role's adapter, whoever is active before or after."""
         self.shared.switch(self.role)
         v = self.shared.backbone(x, t, text, reference)
         if v.requires_grad:  # the base may be somebody else by the time the gradient comes back

@@ -135,7 +135,7 @@ class RealConfig(TrainConfig):
 
     @classmethod
     def make(cls, tier: str = "laptop", **overrides):
-        """As for every stage; `side` is refused, because real pictures come in buckets."""
+        """As for every stage; `side` raises ConfigError, because real pictures come in buckets."""
         if "side" in overrides:
             raise ConfigError(f"side is {overrides['side']!r}; a real run's pictures come in buckets: buckets=512x512")
         return super().make(tier, **overrides)
@@ -166,7 +166,7 @@ class CopyConfig(RealConfig):
 
 
 def bucket_of(text: str) -> tuple[int, int]:
-    """(width, height) of "512x384"."""
+    """(width, height) of "512x384", in pixels. Raises ConfigError unless both are multiples of 16."""
     try:
         width, height = (int(part) for part in str(text).lower().split("x"))
     except ValueError:

@@ -23,7 +23,9 @@ from vlmedit.real.judges import FAMILIES, load_judge
 class Writer(Protocol):
     """Answers texts about pictures, greedily."""
 
-    def write(self, images: Sequence[Sequence[Tensor]], texts: Sequence[str], length: int) -> list[str]: ...
+    def write(self, images: Sequence[Sequence[Tensor]], texts: Sequence[str], length: int) -> list[str]:
+        """One answer of at most `length` tokens per text; `images` are the pictures of each."""
+        ...
 
 
 class Scribe:
@@ -35,11 +37,13 @@ class Scribe:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
 
     def to(self, *where) -> Scribe:
+        """Move the model, as torch's `to`."""
         self.model.to(*where)
         return self
 
     @torch.no_grad()
     def write(self, images: Sequence[Sequence[Tensor]], texts: Sequence[str], length: int = 128) -> list[str]:
+        """Greedy answers of at most `length` tokens. Raises ValueError for a text with a picture."""
         if any(len(row) for row in images):
             raise ValueError("a language model without eyes was shown a picture; give it texts alone")
         if self.tokenizer.chat_template:

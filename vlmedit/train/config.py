@@ -207,7 +207,7 @@ class NPEditConfig(TrainConfig):
     judge_weight: float = 0.15  # [X]; R: 0.02
     nothing_weight: float = 5.0  # [X]; R: 1.0
     settled: float = 0.2  # share of requests that are fulfilled already, where a type allows it: more rows with target = reference [X]; R: 0
-    guidance: float = 2.0  # of the real score, w = 1 is off; R: 3.5, 7.5 for removals, shape and style
+    guidance: float = 2.0  # of the real score, w = 1 is off; R: 3.5, 7.5 for removals, shape, style and action
     dmd_norm: str = "sample"
     fake_updates: int = 2  # per student update; R: 5
     ratio_weight: float = 0.1  # of the discriminator in the fake's loss, where `matching` needs one
@@ -400,7 +400,7 @@ class GRPOConfig(TrainConfig):
     noise_level: float = 0.7  # a in sigma = a sqrt(t / (1 - t)) [R]
     sampler_steps: int = 4  # while training; R: 10, of 40 in use
     sampler_shift: float = 1.0
-    inner: int = 2  # optimiser steps on the same samples; R: 2, on a half each
+    inner: int = 2  # optimizer steps on the same samples; R: 2, on a half each
     ratio_clip: float = 1e-4  # of the ratio of mean log-probabilities [R]
     kl_weight: float = 0.04  # of the KL to the start [R]; 0 loads no reference policy
     advantage_clip: float = 5.0  # standard deviations [R]

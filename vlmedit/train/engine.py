@@ -1,7 +1,7 @@
-"""What every training stage shares: optimiser, averaging, guard, logging, checkpoints, exact resume.
+"""What every training stage shares: optimizer, averaging, guard, logging, checkpoints, exact resume.
 
 A stage is a generator: it yields a `Step` per update and knows nothing of progress bars, plots or early stops.
-All randomness of update k is seeded from (seed, k, rank), so resuming from a checkpoint of weights and optimiser state
+All randomness of update k is seeded from (seed, k, rank), so resuming from a checkpoint of weights and optimizer state
 repeats the uninterrupted run exactly.
 """
 
@@ -132,7 +132,7 @@ class EMA:
 
 
 class Checkpoints:
-    """Atomic checkpoints `out/checkpoint` of named modules, optimisers and averages.
+    """Atomic checkpoints `out/checkpoint` of named modules, optimizers and averages.
 
     Written beside, flushed and renamed, so a run killed at any instant leaves either the old or the new one.
     Raises ConfigError when a checkpoint belongs to another configuration.

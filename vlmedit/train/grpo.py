@@ -2,7 +2,7 @@
 itself with it]. Equations in vlmedit/grpo.py.
 
 Per update: several samples of each request by the stochastic sampler, a reward for each (the mean of the judge's probabilities of the
-two right answers), advantages within each request's group, and `inner` optimiser steps of the clipped objective on the same samples.
+two right answers), advantages within each request's group, and `inner` optimizer steps of the clipped objective on the same samples.
 The judge is asked for numbers, never for a gradient. The KL term holds the student to its own start, which is a setting: the copy
 warm start, or a student of paired SFT.
 

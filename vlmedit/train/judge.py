@@ -44,7 +44,7 @@ def yes_no_losses(judge: JudgeModel, work: Lesson, output: Tensor) -> tuple[Tens
 
 
 def attack(judge: JudgeModel, work: Lesson, radius: Tensor, steps: int) -> Tensor:
-    """The output pictures after `steps` of normalised L2 gradient ascent on the judge's loss, within `radius` (P,)."""
+    """The output pictures after `steps` of normalized L2 gradient ascent on the judge's loss, within `radius` (P,)."""
     reach = radius.view(-1, 1, 1, 1)
     normed = lambda d: d / d.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
     delta = normed(torch.randn_like(work.output)) * reach * torch.rand_like(reach)
