@@ -136,7 +136,7 @@ def test_two_processes_train_as_one(settings, tmp_path):
     for name, case in CASES.items():
         files.append(tmp_path / f"{name}.json")
         files[-1].write_text(json.dumps(settings(tmp_path / f"{name}-two", **case, stop=2)))
-    out, overrides = tmp_path / "tiny", COMMON | dict(batch=1, sharding="fsdp2")
+    out, overrides = tmp_path / "tiny", COMMON | dict(batch=1, sharding="fsdp2", trackers=["tensorboard"])
     files.append(tmp_path / "tiny.json")
     files[-1].write_text(json.dumps(read_settings(CONFIGS / "tiny.yaml") | overrides | {"out": str(out), "crash": 2}))
     done = launched("torch.distributed.run", "--standalone", "--nproc_per_node", "2", Path(__file__).with_name("two_real_processes.py"), *files)
@@ -149,6 +149,7 @@ def test_two_processes_train_as_one(settings, tmp_path):
     shipped = "--config_file", CONFIGS / "accelerate/two_cpu.yaml", "--main_process_port", "0"
     done = launched("accelerate.commands.launch", *shipped, "-m", "vlmedit.cli", "train", "npedit", "--config", "tiny", "--out", out, "--set", *pairs)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert list(out.glob("vlmedit/events*"))
     assert len(list((out / "text").glob("*.safetensors"))) == 2  # each process encoded its share
     places = dict(backbone=str(out / "tiny/backbone/z-image"), judge=[str(out / "tiny/judge/internvl")], data=str(out / "tiny/data/shapes/train.jsonl"))
     for name, batches in (("one", 2), ("half", 1)):

@@ -18,7 +18,7 @@ the judge alone sees decoded.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -169,15 +169,16 @@ def shares(config: NPEditConfig) -> dict[str, float]:
     return {kind: share * (2 if kind in config.emphasis else 1) for kind, share in TASKS[config.task].items()}
 
 
-def train_npedit(config: NPEditConfig, accelerator: Accelerator | None = None) -> Iterator[Step]:
+def train_npedit(config: NPEditConfig, accelerator: Accelerator | None = None, update: Callable[..., NPEdit] = NPEdit) -> Iterator[Step]:
     """Yield a `Step` per student update, its pictures the first references and edits of the batch; the averaged
-    student is saved to `out/model` at the end. The metric `calls` counts network calls of the student on one picture."""
+    student is saved to `out/model` at the end. The metric `calls` counts network calls of the student on one picture.
+    `update` builds the roles' update, for a caller who adds to it (papers/moves.py)."""
     if config.second and not (Path(config.second) / "config.json").is_file():
         raise ConfigError(f"second is {config.second!r}, no folder with a judge; train one (vlmedit train judge) or leave it out")
     run = Run(config, accelerator)
     load = lambda folder: DiT.from_pretrained(folder).to(run.device)
     look = lambda folder: JudgeModel.from_pretrained(folder).to(run.device)
-    roles = NPEdit(config, load(config.student), load(config.teacher), load(config.teacher), look(config.judge), second=look(config.second) if config.second else None)
+    roles = update(config, load(config.student), load(config.teacher), load(config.teacher), look(config.judge), second=look(config.second) if config.second else None)
     optimizer, fake_optimizer = Optimizer(roles.student, config), Optimizer(roles.fake, config, config.fake_lr)
     ema = EMA(roles.student, config.ema)
     run.register("model", roles.student, optimizer, ema)
