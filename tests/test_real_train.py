@@ -33,7 +33,7 @@ from vlmedit.flow import few_step_times, guide, sample
 from vlmedit.judging import judge_loss
 from vlmedit.models.pipeline import to_pixels
 from vlmedit.pictures import InputError
-from vlmedit.real import loading, plan, train
+from vlmedit.real import loading, plan, trackers, train
 from vlmedit.real.backbones import Backbone, pack, unpack
 from vlmedit.real.cache import PromptCache, pipeline_encoder
 from vlmedit.real.datasets import read_items
@@ -243,14 +243,14 @@ def test_a_tracker_holds_every_update_of_a_resumed_run(settings, tmp_path, monke
     for step in train_real(config):
         if step.index == 4:
             break
-    name = train.tracked_name(tmp_path / "run", 2)
+    name = trackers.tracked_name(tmp_path / "run", 2)
     last = list(train_real(config))[-1]
-    assert not list(train_real(config)) and train.tracked_name(tmp_path / "run", 4) == name
+    assert not list(train_real(config)) and trackers.tracked_name(tmp_path / "run", 4) == name
     found, told = recorded(tracker, tmp_path / "run", tmp_path / "trackio")
     assert found["edits"] in ([2, 4], [2, 4, 4]) and (tmp_path / "run/model").is_dir()
     if tracker != "wandb":
         assert all(found[metric] == [1, 2, 3, 4] for metric in last.metrics) and "cpu_seconds" in found and told["lr"] == config.lr
-    assert train.tracked_name(tmp_path / "run", 0) != name
+    assert trackers.tracked_name(tmp_path / "run", 0) != name
 
 
 def test_a_failing_tracker_ends_no_run(settings, tmp_path, monkeypatch, capsys):
@@ -812,10 +812,10 @@ def test_bad_input_is_one_message_before_any_weight(settings, places, tmp_path, 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a))
     if what == "no tracker":
-        monkeypatch.setattr(train, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+        monkeypatch.setattr(trackers, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
     if what.startswith("W&B"):  # a stand-in for wandb, which may not be installed
         monkeypatch.setenv("WANDB_MODE", "online")
-        monkeypatch.setattr(train, "get_available_trackers", lambda: [LoggerType.WANDB])
+        monkeypatch.setattr(trackers, "get_available_trackers", lambda: [LoggerType.WANDB])
         monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=lambda prompt: False if "account" in what else 1 / 0))
     given = settings(**spoil(places, tmp_path, what))
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(given))

@@ -16,20 +16,15 @@ import dataclasses
 import importlib.util
 import json
 import os
-import re
-import secrets
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from PIL import Image
 from safetensors import SafetensorError
@@ -62,6 +57,7 @@ from vlmedit.real.roles import Roles
 from vlmedit.real.settings import CopyConfig, RealConfig
 from vlmedit.real.sharding import DTensor, Whole, shard, wanted
 from vlmedit.real.text import TextBank
+from vlmedit.real.trackers import Trackers, check_trackers
 from vlmedit.train import engine
 from vlmedit.train.config import ConfigError
 from vlmedit.train.engine import EMA, Checkpoints, Optimizer, Run, Step, average_gradients
@@ -181,27 +177,9 @@ def adamw(name: str):
     return {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}[name]
 
 
-def check_wandb() -> None:
-    """Raise ConfigError where W&B would ask for an account, or not be reached, when everything is loaded."""
-    import wandb
-
-    if (os.environ.get("WANDB_MODE") or wandb.setup().settings.mode) != "online":
-        return
-    try:
-        known, why = wandb.login(prompt=False), "no account is known here; run wandb login"
-    except Exception as error:
-        known, why = False, str(error)
-    if not known:
-        raise ConfigError(f"trackers names wandb: {why}, or set WANDB_MODE=offline and run wandb sync later")
-
-
 def make_accelerator(config: RealConfig) -> Accelerator:
     """One of the run's precision, with its trackers."""
-    for name in config.trackers:
-        if name not in map(str, get_available_trackers()):
-            raise ConfigError(f"trackers names {name}, which is not installed (pip install {name}); installed by default: tensorboard")
-    if "wandb" in config.trackers and os.environ.get("RANK", "0") == "0":
-        check_wandb()
+    check_trackers(config.trackers)
     return engine.make_accelerator(config, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], log_with=list(config.trackers) or None, project_dir=config.out)
 
 
@@ -220,80 +198,6 @@ class RealCheckpoints(Checkpoints):
                 optimizer.state_dict()
         super().save(step)
         self.accelerator.wait_for_everyone()
-
-
-class Trackers:
-    """accelerate's trackers behind the writer that `Run` expects: an update's scalars as one message. They are started only where they are
-    heard, on the main process. One that fails later is left out, and the run goes on."""
-
-    def __init__(self, accelerator: Accelerator, config: RealConfig, start: int):
-        self.accelerator, self.scalars, self.step = accelerator, {}, start
-        self.close()  # those of an earlier run with this accelerator that was not finished
-        name, out = tracked_name(Path(config.out), start), Path(config.out)
-        settings = json.loads(json.dumps(dataclasses.asdict(config)))
-        how = {
-            "tensorboard": dict(purge_step=start + 1),  # what a killed run wrote after its checkpoint comes again
-            "wandb": dict(id=name, name=name, dir=str(out), resume="allow"),
-            "trackio": dict(name=name, resume="allow", config=settings),
-        }  # fmt: skip
-        try:
-            accelerator.init_trackers("vlmedit", init_kwargs=how)
-        except Exception as error:
-            accelerator.trackers.clear()
-            raise ConfigError(f"trackers is {', '.join(config.trackers)}, and they did not start: {error}; WANDB_MODE=offline keeps W&B on this machine, trackers=tensorboard needs no other") from error
-        for tracker in accelerator.trackers:
-            if tracker.name == "wandb":
-                tracker.store_init_configuration(settings)
-            elif tracker.name == "tensorboard":  # as words: of settings it makes a run of its own
-                tracker.log({"config": "    " + json.dumps(settings, indent=2).replace("\n", "\n    ")}, step=start)
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        if step != self.step:
-            self.send()
-        self.step, self.scalars[name] = step, value
-
-    def send(self) -> None:
-        """Hand over the update's scalars."""
-        scalars, self.scalars = self.scalars, {}
-        if scalars:
-            self.each(lambda tracker: tracker.log(scalars, step=self.step))
-
-    def add_strip(self, strip: Image.Image, step: int) -> None:
-        def show(tracker) -> None:
-            if tracker.name == "tensorboard":
-                tracker.log_images({"edits": np.asarray(strip)[None]}, step=step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({"edits": [strip]}, step=step)
-            elif tracker.name == "trackio":
-                import trackio
-
-                tracker.log({"edits": trackio.Image(np.asarray(strip))}, step=step)
-
-        self.each(show)
-
-    def each(self, act: Callable[[object], None]) -> None:
-        for tracker in list(self.accelerator.trackers):
-            try:
-                act(tracker)
-            except Exception as error:  # a full disk, a lost network: nothing that weights depend on
-                self.accelerator.trackers.remove(tracker)
-                print(f"tracker {tracker.name} failed and is left out from now on: {type(error).__name__}: {error}", file=sys.stderr)
-
-    def close(self) -> None:
-        """Finish the trackers alone: accelerate's `end_training` would take the processes' connection with them, before the weights are gathered."""
-        self.send()
-        self.each(lambda tracker: tracker.finish())
-        self.accelerator.trackers.clear()
-
-
-def tracked_name(folder: Path, start: int) -> str:
-    """By which trackers know a run: kept in its folder, so that a resumed run goes on in theirs; one that starts at 0 has a new one."""
-    file = folder / "tracked.json"
-    if start and file.is_file():
-        return json.loads(file.read_text())["name"]
-    name = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', folder.resolve().name)[:60]}-{secrets.token_hex(4)}"
-    save_json({"name": name}, file)
-    return name
 
 
 class RealRun(Run):
