@@ -846,6 +846,9 @@ def test_wrong_manifests_are_refused(tmp_path, manifest):
         read_items(path)
     with pytest.raises(InputError, match="no shards in this folder"):
         list(read_shards(tmp_path))
+    (tmp_path / "a.tar.gz").touch()
+    with pytest.raises(InputError, match="no shards in this folder; unpack a.tar.gz to a plain .tar"):
+        list(read_shards(tmp_path))
     with pytest.raises(InputError, match="gone.png: no such picture"):
         write_shards([Item(str(tmp_path / "gone.png"), "Make it red")], tmp_path / "s")
     (tmp_path / "half.png").write_bytes(b"\x89PNG and then nothing")

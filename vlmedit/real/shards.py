@@ -285,7 +285,9 @@ def shard_rows(path: str | Path) -> list[tuple[Item, Place]]:
     paths = sorted(p for p in path.glob("*") if p.suffix[1:] in SHARDS and not p.name.startswith("."))
     if not paths:
         deeper = sorted({str(p.parent) for kind in SHARDS for p in path.glob(f"*/*.{kind}")})
-        raise InputError(f"{path}: no shards in this folder; {f'there are some in {deeper[0]}' if deeper else 'vlmedit data shards writes them'}")
+        packed = [p for p in path.glob("*.tar.*") if not p.name.startswith(".")]  # of a packed tar no member can be read by its place
+        remedy = f"there are some in {deeper[0]}" if deeper else f"unpack {packed[0].name} to a plain .tar" if packed else "vlmedit data shards writes them"
+        raise InputError(f"{path}: no shards in this folder; {remedy}")
     if len(kinds := {p.suffix for p in paths}) > 1:
         raise InputError(f"{path}: shards of two kinds ({' and '.join(sorted(kinds))}); keep one kind in a folder, or the same pictures count twice")
     found, problems = [], []
