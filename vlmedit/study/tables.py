@@ -129,9 +129,10 @@ def draw(result: Mapping, path: Path) -> Path:
     axes[0].set_yticks(range(len(arms)), names, fontsize=8)
     axes[0].set_ylim(len(arms) - 0.5, -0.5)  # the first on top
     best = max(arms, key=lambda a: a["success"])
-    seeds = max(len(a["seeds"]) for a in arms)
+    counts = sorted({len(a["seeds"]) for a in arms})
+    seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seed{'s' * (counts[0] > 1)}"
     spent = f"{result['updates']} updates" if result["equal"] == "updates" else f"equal {EQUAL[result['equal']]}"
-    figure.suptitle(f"{result['study']}, {spent}, {seeds} seed{'s' * (seeds > 1)}: {best['arm']} does best, {best['success']:.2f}", fontsize=10)
+    figure.suptitle(f"{result['study']}, {spent}, {seeds}: {best['arm']} does best, {best['success']:.2f}", fontsize=10)
     return save(figure, path)
 
 
