@@ -87,7 +87,7 @@ def main() -> None:
     config = NPEditConfig.make("laptop", **places, steps=args.updates, lr=6e-4, gain_steps=0, seed=args.seed, out=args.out, save_every=100)
     for _ in train_npedit(config, update=partial(WithPairs, pairs=tuple(pairs), weight=args.weight, batch=args.batch)):
         pass
-    after = evaluate(vlmedit.load(args.out), args.n)
+    after = evaluate(vlmedit.load(args.out), args.n, checkpoint=args.out)
     told |= {"updates": args.updates, "weight": args.weight, "batch": args.batch, "seed": args.seed}
     write("moves", {"pairs": told, "before": before, "after": after})
 
