@@ -288,7 +288,19 @@ def train(
         result = train_main(tier, given) if stage == "main" else train_stage(stage, tier, given)
     if json and _leads():
         save_json(result, json)
+    leave_together()
     return 0
+
+
+def leave_together() -> None:
+    """Close the connection between processes that a launcher started, when all are done: one that leaves with it open, or while another still
+    needs it, may abort at its very end."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        import torch.distributed as dist
+
+        if dist.is_initialized():  # a dry run only counts processes
+            dist.barrier()
+            dist.destroy_process_group()
 
 
 def read_settings(path: Path) -> dict:
