@@ -478,8 +478,7 @@ def test_twice_gives_the_same_bits(name):
 @needs_triton
 def test_a_small_sum_of_programs_is_the_whole(monkeypatch):
     """The backward passes share tokens among fewer programs than there are: the sums over tokens stay complete."""
-    monkeypatch.setattr(modulation, "processors", lambda on: 5)  # two per sample
-    monkeypatch.setattr(residual, "processors", lambda on: 5)
+    monkeypatch.setattr(modulation, "processors", lambda on: 5)  # two per sample, of gated_rms too
     monkeypatch.setattr(rope, "processors", lambda on: 2)
     monkeypatch.setattr(rope, "PER_PROCESSOR", 1)
     monkeypatch.setattr(rope, "_tile", lambda width: (2, dispatch.power_of_2(width // 2)))

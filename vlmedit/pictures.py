@@ -45,6 +45,11 @@ class InputError(ValueError):
         super().__init__(f"{head}\n{hint}" if hint else head)
 
 
+def some(problems: list[str], most: int = 10, what: str = "") -> list[str]:
+    """The first `most` problems, and how many more (`what`) there are."""
+    return [*problems[:most], *([f"and {len(problems) - most} more{what}"] if len(problems) > most else [])]
+
+
 @dataclass(frozen=True)
 class Picture:
     """A picture as the model sees it, and what is needed to bring an edit of it back to the original's size."""

@@ -174,7 +174,7 @@ def _op_backward(
     learned = to_gate + to_scale + to_shift
     grad_x, grad_branch = (torch.empty_like(y, memory_format=torch.contiguous_format) if w else y.new_empty(0) for w in (to_x, to_branch))
     if y.numel() and use_triton(y, width <= WIDEST, LIMIT):
-        programs, block = min(tokens, max(1, PER_PROCESSOR * processors(y) // batch)) if learned else tokens, power_of_2(width)
+        programs, block = programs_of(y, learned), power_of_2(width)
         parts = y.new_empty(learned, batch, programs, width, dtype=wide(y)) if learned else mean  # not written
         grad_y, grad_h, y, scale = (rows_contiguous(t) for t in (grad_y if gated else grad_h, grad_h, y, scale))
         gate = rows_contiguous(gate) if gated else scale  # not read
@@ -225,16 +225,26 @@ def _gradients(ctx, grad_y, grad_h, grad_mean, grad_rstd):
 _op.register_autograd(_gradients, setup_context=_setup)
 
 
+def programs_of(y: Tensor, learned: int) -> int:
+    """Programs per sample on the way back: a few that sum over their tokens where something is learned, otherwise one per token."""
+    return min(y.shape[1], max(1, PER_PROCESSOR * processors(y) // y.shape[0])) if learned else y.shape[1]
+
+
+def per_token(operation: str, x: Tensor, branch: Tensor | None, **rows: Tensor | None) -> None:
+    """Raises ValueError unless x and branch are (B, N, D) and `rows` (B, D)."""
+    if x.ndim != 3:
+        raise ValueError(f"{operation}: x has shape {tuple(x.shape)}; it must be (batch, tokens, width)")
+    shaped(operation, "branch", branch, x.shape)
+    for name, t in rows.items():
+        shaped(operation, name, t, (x.shape[0], x.shape[2]))
+
+
 def _check(operation: str, x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor) -> None:
     gated = operation == "gated_adaln"
     same_kind(operation, x=x, **({"branch": branch} if gated else {}))
     same_device(operation, x=x, scale=scale, shift=shift)
     same_kind(operation, scale=scale, shift=shift, **({"gate": gate} if gated else {}))
-    if x.ndim != 3:
-        raise ValueError(f"{operation}: x has shape {tuple(x.shape)}; it must be (batch, tokens, width)")
-    shaped(operation, "branch", branch, x.shape)
-    for name, t in (("gate", gate), ("scale", scale), ("shift", shift)):
-        shaped(operation, name, t, (x.shape[0], x.shape[2]))
+    per_token(operation, x, branch, gate=gate, scale=scale, shift=shift)
 
 
 def gated_adaln(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:

@@ -21,17 +21,15 @@ from vlmedit.kernels.dispatch import (
     accumulator,
     launch,
     power_of_2,
-    processors,
     rows_contiguous,
     same_device,
     same_kind,
-    shaped,
     tl,
     triton,
     use_triton,
     wide,
 )
-from vlmedit.kernels.modulation import LIMIT, PER_PROCESSOR, WIDEST, warps
+from vlmedit.kernels.modulation import LIMIT, WIDEST, per_token, programs_of, warps
 
 
 def rms(v: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -174,7 +172,7 @@ def _op_backward(
     learned, gated = to_gate + to_factor, gate is not None
     grad_x, grad_branch = (torch.empty_like(y, memory_format=torch.contiguous_format) if w else y.new_empty(0) for w in (to_x, to_branch))
     if y.numel() and use_triton(y, width <= WIDEST, LIMIT):
-        programs, block = min(tokens, max(1, PER_PROCESSOR * processors(y) // batch)) if learned else tokens, power_of_2(width)
+        programs, block = programs_of(y, learned), power_of_2(width)
         parts = y.new_empty(learned, batch, programs, width, dtype=wide(y)) if learned else of_y  # not written
         grad_y, grad_h, y, factor = (rows_contiguous(t) for t in (grad_y, grad_h, y, factor))
         gate = rows_contiguous(gate) if gated else factor  # not read
@@ -234,10 +232,6 @@ def gated_rms(x: Tensor, branch: Tensor, gate: Tensor | None, factor: Tensor, ep
     same_kind("gated_rms", x=x, branch=branch)
     same_kind("gated_rms", factor=factor, **({} if gate is None else {"gate": gate}))
     same_device("gated_rms", x=x, factor=factor)
-    if x.ndim != 3:
-        raise ValueError(f"gated_rms: x has shape {tuple(x.shape)}; it must be (batch, tokens, width)")
-    shaped("gated_rms", "branch", branch, x.shape)
-    for name, t in (("gate", gate), ("factor", factor)):
-        shaped("gated_rms", name, t, (x.shape[0], x.shape[2]))
+    per_token("gated_rms", x, branch, gate=gate, factor=factor)
     y, h, _, _ = _op(x, branch, gate, factor, eps, normed)
     return y, h

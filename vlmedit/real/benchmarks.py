@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from vlmedit.pictures import BROKEN, FORMATS, InputError, contact_sheet, save_json, save_picture, strip, to_rgb, to_view
+from vlmedit.pictures import BROKEN, FORMATS, InputError, contact_sheet, save_json, save_picture, some, strip, to_rgb, to_view
 from vlmedit.real.datasets import json_rows, parquet_rows
 from vlmedit.real.hub import reachable
 from vlmedit.real.writers import Writer, identity_of, to_tensor
@@ -167,7 +167,7 @@ def check_pictures(paths: Iterable[Path], remedy: str) -> None:
         except BROKEN as error:
             wrong.append(f"{path}: {'no such picture' if isinstance(error, FileNotFoundError) else f'not a picture ({error})'}; {remedy}")
     if wrong:
-        raise InputError([*wrong[:10], *([f"and {len(wrong) - 10} more"] if len(wrong) > 10 else [])])
+        raise InputError(some(wrong))
 
 
 def find_edits(cases: Sequence[Case], edits: Path, partial: bool = False) -> list[tuple[Case, Path]]:

@@ -36,7 +36,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from vlmedit.pictures import FORMATS, InputError, _check_header, to_rgb, write_atomic
+from vlmedit.pictures import FORMATS, InputError, _check_header, some, to_rgb, write_atomic
 from vlmedit.real.requests import Request
 
 TYPES = ("add", "remove", "replace", "color", "material", "shape", "background", "style", "action", "text", "other")  # the paper's, and the rest
@@ -155,7 +155,7 @@ def read_items(path: str | Path) -> list[Item]:
         except ValueError as error:
             problems.append(f"{path.name}, line {number}: {error}")
     if problems:
-        raise InputError(problems[:10] + ([f"and {len(problems) - 10} more lines"] if len(problems) > 10 else []))
+        raise InputError(some(problems, what=" lines"))
     if not items:
         raise InputError(f"{path}: an empty manifest; vlmedit data prepare writes one request per line")
     return items

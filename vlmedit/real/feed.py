@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from vlmedit.data import UnpairedBatch, rng_for
-from vlmedit.pictures import BROKEN, InputError, to_rgb
+from vlmedit.pictures import BROKEN, InputError, some, to_rgb
 from vlmedit.real.datasets import read_items
 from vlmedit.real.requests import QUESTIONS, Book, Request, batch_of
 from vlmedit.real.shards import Place, shard_rows
@@ -75,7 +75,7 @@ def read_manifest(path: str | Path) -> list[Row]:
             except ValueError as error:
                 problems.append(f"{picture}: {error}")
     if problems:
-        raise InputError([*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])])
+        raise InputError(some(problems, 20))
     return rows
 
 
@@ -88,7 +88,7 @@ def check_questions(rows: Sequence[Row], wording: str) -> None:
         except UnknownInstruction as error:
             problems.append(f"{row.image}: questions is {wording!r}, and {error}")
     if problems:
-        raise InputError([*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])])
+        raise InputError(some(problems, 20))
 
 
 def nothing_of(request: Request, rng: random.Random) -> Request:

@@ -314,19 +314,21 @@ def compile_blocks(model: nn.Module, config) -> None:
         block.compile(backend=config.compile)
 
 
+def placed(model: Backbone, config, accelerator: Accelerator, sharded: bool, waits: bool = False) -> Backbone:
+    """A loaded backbone, compiled if that is asked for, in its shards or on its device; one that `waits` stays on the CPU."""
+    if config.compile:
+        compile_blocks(model.transformer, config)
+    if sharded:
+        shard(model.transformer, accelerator, config.precision)
+    elif not waits:
+        model.to(accelerator.device)
+    return model
+
+
 def load_roles(config, bank: TextBank, accelerator: Accelerator, sharded: bool = False) -> Roles:
     """Student, fake score and teacher, each in its place."""
     low, high = frozen_dtype(config), torch.float32
-
-    def settle(role: str, model: Backbone) -> Backbone:
-        if config.compile:
-            compile_blocks(model.transformer, config)
-        if sharded:
-            shard(model.transformer, accelerator, config.precision)
-        elif role not in config.offload:
-            model.to(accelerator.device)
-        return model
-
+    settled = lambda role, model: placed(model, config, accelerator, sharded, role in config.offload)
     if config.roles == "adapters":
         backbone = load_backbone(config, bank, low)
         seed_torch("adapters", config.seed)  # the same in every process
@@ -336,14 +338,14 @@ def load_roles(config, bank: TextBank, accelerator: Accelerator, sharded: bool =
                 p.data = p.data.to(high)
         if config.start:
             start_adapter(roles.student, config.start)
-        settle("student", backbone)
+        settled("student", backbone)
         roles.student.shared.collect()
         return roles
-    student = settle("student", load_backbone(config, bank, high, config.start))
-    fake = settle("fake", load_backbone(config, bank, high))
+    student = settled("student", load_backbone(config, bank, high, config.start))
+    fake = settled("fake", load_backbone(config, bank, high))
     teacher = load_backbone(config, bank, low, checkpointing=False)
     teacher.requires_grad_(False)
-    return Roles(student, fake, settle("teacher", teacher))
+    return Roles(student, fake, settled("teacher", teacher))
 
 
 def load_judges(config, book: Book, accelerator: Accelerator, sharded: bool = False) -> Judge | Ensemble:

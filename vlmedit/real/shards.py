@@ -28,7 +28,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from vlmedit.pictures import BROKEN, InputError, disk_errors, write_atomic
+from vlmedit.pictures import BROKEN, InputError, disk_errors, some, write_atomic
 from vlmedit.real.datasets import Item, parquet_library, whole_parquet
 
 SHARDS = ("tar", "parquet")
@@ -132,7 +132,7 @@ def write_shards(items: list[Item], out: Path, kind: str = "tar", per_shard: int
     if kind == "parquet":
         parquet_library()
     if lacking := [problem for name in dict.fromkeys(item.image for item in items) if (problem := _no_picture(name))]:
-        raise InputError([*lacking[:10], *([f"and {len(lacking) - 10} more"] if len(lacking) > 10 else [])])
+        raise InputError(some(lacking))
     encode = _tar_bytes if kind == "tar" else _parquet_bytes
     mark = hashlib.sha256(json.dumps([kind, per_shard, *(asdict(i) for i in items)]).encode()).hexdigest()
     if _index(out).get("manifest", mark) != mark:
@@ -166,7 +166,7 @@ def _index(folder: Path) -> dict:
 
 def _told(path: Path, problems: list[str]) -> None:
     if problems:
-        raise InputError([*(f"{path}: {p}" for p in problems[:10]), *([f"and {len(problems) - 10} more rows of {path}"] if len(problems) > 10 else [])])
+        raise InputError(some([f"{path}: {p}" for p in problems], what=f" rows of {path}"))
 
 
 def _item(words: dict, name: str) -> Item:
@@ -300,7 +300,7 @@ def shard_rows(path: str | Path) -> list[tuple[Item, Place]]:
     if not problems and len(found) != expected:
         problems = [f"{path}: {len(found)} requests in {len(paths)} shards, shards.json counts {expected}; the command that wrote them writes what is missing"]
     if problems:
-        raise InputError([*problems[:10], *([f"and {len(problems) - 10} more"] if len(problems) > 10 else [])])
+        raise InputError(some(problems))
     return found
 
 

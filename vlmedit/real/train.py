@@ -43,19 +43,19 @@ from vlmedit.real.loading import (
     check_backbone,
     check_judge,
     check_start,
-    compile_blocks,
     encoder_of,
     frozen_dtype,
     load_backbone,
     load_codec,
     load_judges,
     load_roles,
+    placed,
 )
 from vlmedit.real.rehearsal import PREFIX, made
 from vlmedit.real.requests import Book
 from vlmedit.real.roles import Roles
 from vlmedit.real.settings import CopyConfig, RealConfig
-from vlmedit.real.sharding import DTensor, Whole, shard, wanted
+from vlmedit.real.sharding import DTensor, Whole, wanted
 from vlmedit.real.text import TextBank
 from vlmedit.real.trackers import Trackers, check_trackers
 from vlmedit.train import engine
@@ -352,13 +352,7 @@ def load_student(config: RealConfig, bank: TextBank, accelerator: Accelerator, s
     """The student alone, in its place. With adapters it is an adapter of the shared base; the fake score's, a few MB, lies idle beside it."""
     if config.roles == "adapters":
         return load_roles(config, bank, accelerator, sharded).student
-    student = load_backbone(config, bank, torch.float32, config.start)
-    if config.compile:
-        compile_blocks(student.transformer, config)
-    if sharded:
-        shard(student.transformer, accelerator, config.precision)
-        return student
-    return student.to(accelerator.device)
+    return placed(load_backbone(config, bank, torch.float32, config.start), config, accelerator, sharded)
 
 
 class Setup:
@@ -368,9 +362,11 @@ class Setup:
     def __init__(self, config: RealConfig, accelerator: Accelerator | None = None, judged: bool = True):
         check(config, judged)
         accelerator = accelerator or make_accelerator(config)
+        given = config
         with accelerator.main_process_first():
-            self.config = config = prepared(config)
-        check(config, judged)
+            self.config = config = prepared(given)
+        if config != given:  # "tiny:" places could not be looked at before
+            check(config, judged)
         rows = read_manifest(config.data)
         self.run = run = RealRun(config, accelerator)
         run.checkpoints.check()
