@@ -35,21 +35,21 @@ test: setup
 
 # minutes, not in `test`: all notebooks with their stubs solved, and with all cells run again
 solved-test: setup
-	$(BIN)/python -m pytest -n 2 -q -m solved tests/test_notebooks.py
+	$(BIN)/python -m pytest -n 2 -q -m solved tests/teaching/test_notebooks.py
 
 # needs Chromium, the system's or another one named by VLMEDIT_CHROMIUM; skipped where there is none
 browser-test: setup
 	$(PIP) install --quiet -e ".[browser]" --no-build-isolation
-	$(BIN)/python -m pytest -q -rs -m browser tests/test_browser.py
+	$(BIN)/python -m pytest -q -rs -m browser tests/teaching/test_browser.py
 
 notebooks: setup
 	$(BIN)/vlmedit notebook refresh all
 
 workshop: setup
-	$(BIN)/python -m vlmedit.workshop dist
+	$(BIN)/python -m vlmedit.teaching.workshop dist
 
 badges: setup
-	$(BIN)/python -m vlmedit.badges dist/colab
+	$(BIN)/python -m vlmedit.teaching.badges dist/colab
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -13,11 +13,11 @@ from dataclasses import replace
 import torch
 from measure import load, write
 
-from vlmedit.data import paired_batch, unpaired_batch
-from vlmedit.judging import judge_loss
-from vlmedit.rewards import WORDINGS, TeacherJudge, reworded
-from vlmedit.train.config import MAKERS, SyntheticConfig
-from vlmedit.train.synthetic import approved, make_pairs
+from vlmedit.config import MAKERS, SyntheticConfig
+from vlmedit.data.world import paired_batch, unpaired_batch
+from vlmedit.equations.judge_loss import judge_loss
+from vlmedit.equations.rewards import WORDINGS, TeacherJudge, reworded
+from vlmedit.methods.synthetic_pairs import approved, make_pairs
 
 SEED = ("held-out", "asking")  # of requests that no trainer draws
 

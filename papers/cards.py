@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 
-from vlmedit.models.cards import write_card
-from vlmedit.models.pipeline import checkpoint
-from vlmedit.train.config import JudgeConfig, NPEditConfig, TeacherConfig, WarmupConfig
+from vlmedit.config import JudgeConfig, NPEditConfig, TeacherConfig, WarmupConfig
+from vlmedit.pipelines.card import write_card
+from vlmedit.pipelines.shapes import checkpoint
 
 RESULTS = Path(__file__).parent / "results"
 MADE = dict(seed=0, device="2 CPU cores, bf16 autocast", gpu_minutes=0, license="mit")

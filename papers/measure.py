@@ -27,15 +27,15 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 sys.path.insert(0, str(HERE.parent / "tests"))  # the foreign drawings live with the tests
 
-from vlmedit import study  # noqa: E402
-from vlmedit.evaluate import evaluate_judge, evaluate_student, evaluate_teacher, judge_against_oracle  # noqa: E402
-from vlmedit.models.dit import DiT  # noqa: E402
-from vlmedit.models.judge import JudgeModel  # noqa: E402
-from vlmedit.models.pipeline import checkpoint  # noqa: E402
-from vlmedit.train.config import DistillConfig, SFTConfig  # noqa: E402
-from vlmedit.train.distill import train_distill  # noqa: E402
-from vlmedit.train.npedit import train_npedit  # noqa: E402
-from vlmedit.train.sft import train_sft  # noqa: E402
+from vlmedit.config import DistillConfig, SFTConfig  # noqa: E402
+from vlmedit.evaluation.editing import evaluate_judge, evaluate_student, evaluate_teacher, judge_against_oracle  # noqa: E402
+from vlmedit.experiments import study  # noqa: E402
+from vlmedit.methods.distill import train_distill  # noqa: E402
+from vlmedit.methods.npedit import train_npedit  # noqa: E402
+from vlmedit.methods.sft import train_sft  # noqa: E402
+from vlmedit.networks.dit import DiT  # noqa: E402
+from vlmedit.networks.judge import JudgeModel  # noqa: E402
+from vlmedit.pipelines.shapes import checkpoint  # noqa: E402
 
 SEEDS = (0, 1, 2)
 
@@ -104,7 +104,7 @@ def measure_rivals(args) -> None:
 
 def measure_live(args) -> None:
     """The main job from the shipped warm start, as `make run` does it."""
-    from vlmedit.train.main import LIVE, run_main
+    from vlmedit.experiments.live import LIVE, run_main
 
     metrics = run_main(out=str(Path(args.out) / "live"))
     kept = {k: metrics["live"][k] for k in ("success", "success_by_type", "keep_psnr", "manifold_psnr", "hacking_gap", "judge_p_yes", "n")}
@@ -113,9 +113,9 @@ def measure_live(args) -> None:
 
 def measure_strip(args) -> None:
     """README's strip of pictures: the first held-out edits, one of each type."""
-    from vlmedit.data import held_out
-    from vlmedit.evaluate import ask_judge, edit_examples, judge_by_oracle
-    from vlmedit.show import strip, wrap
+    from vlmedit.data.world import held_out
+    from vlmedit.evaluation.editing import ask_judge, edit_examples, judge_by_oracle
+    from vlmedit.figures import strip, wrap
     from vlmedit.world.edits import EDIT_TYPES
 
     judge, examples, roles = load("judge"), held_out(2 * len(EDIT_TYPES), 0, EDIT_TYPES), ("warm", "editor")
@@ -138,7 +138,7 @@ def measure_foreign(args) -> None:
     from foreign import draw_all
 
     import vlmedit
-    from vlmedit.pictures import load_picture
+    from vlmedit.io import load_picture
     from vlmedit.world.oracle import judge_edit, parse
 
     pipe = vlmedit.load("shapes")
@@ -155,7 +155,7 @@ def measure_foreign(args) -> None:
 def measure_cost(args) -> None:
     """CPU-seconds per NP-Edit update and their split; latency of one 4-step edit; peak memory."""
     import vlmedit
-    from vlmedit.train.main import live_config
+    from vlmedit.experiments.live import live_config
 
     split: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as out:

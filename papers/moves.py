@@ -19,13 +19,13 @@ from measure import write
 from torch import Tensor
 
 import vlmedit
-from vlmedit.data import TEXT_LENGTH, rng_for, sample_example
-from vlmedit.evaluate import evaluate, judge_by_oracle, right_answers
+from vlmedit.config import NPEditConfig
+from vlmedit.data.world import TEXT_LENGTH, rng_for, sample_example
+from vlmedit.evaluation.editing import evaluate, judge_by_oracle, right_answers
 from vlmedit.flow import flow_matching_loss, logit_normal_time
-from vlmedit.models.pipeline import EditPipeline, checkpoint
-from vlmedit.models.text import encode
-from vlmedit.train.config import NPEditConfig
-from vlmedit.train.npedit import NPEdit, train_npedit
+from vlmedit.methods.npedit import NPEdit, train_npedit
+from vlmedit.networks.text import encode
+from vlmedit.pipelines.shapes import EditPipeline, checkpoint
 from vlmedit.world.language import describe
 from vlmedit.world.render import render
 

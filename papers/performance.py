@@ -5,12 +5,12 @@
     python papers/performance.py --kernels               # the same with the fused operations of vlmedit.kernels inside the update
     python papers/performance.py --profile FILE          # and what an update of ours spends its time on, by torch.profiler
 
-Both structures run the same training loop (`vlmedit.real.train.train_loaded`) from the same settings; `STRUCTURES` and `FullLogits` make the
+Both structures run the same training loop (`vlmedit.training.real_models.train_loaded`) from the same settings; `STRUCTURES` and `FullLogits` make the
 difference (table in performance.md). Backbone and judge are recomputed in both, and references seen without a graph. Every unroll has two
 calls, the most the recipe draws.
 
 Seconds exclude drawing data. FLOPs: `executed` by torch's counter in an update of its own, recomputation included; `counted` by
-vlmedit.real.plan from shapes alone, without recomputation: the least that a structure must compute. Achieved FLOP/s is the counted over the
+vlmedit.cost.plan from shapes alone, without recomputation: the least that a structure must compute. Achieved FLOP/s is the counted over the
 seconds. No weights are downloaded. Writes papers/results/performance.json and the tables of papers/performance.md between their markers.
 """
 
@@ -42,18 +42,20 @@ from transformers import AutoTokenizer
 from vlmedit.kernels.inside import SWAPS, use
 
 from vlmedit.cli import read_settings, typed
-from vlmedit.pictures import InputError
-from vlmedit.real import budget, loading, plan, tiny
-from vlmedit.real.backbones import family_of
-from vlmedit.real.feed import Feed, book_of, read_manifest
-from vlmedit.real.judges import FAMILIES, Judge, preprocessor_settings
-from vlmedit.real.loading import ExactCodec, load_judges, load_roles
-from vlmedit.real.rehearsal import PREFIX
-from vlmedit.real.requests import Book
-from vlmedit.real.settings import RealConfig
-from vlmedit.real.text import TextBank
-from vlmedit.real.train import RealEdit, RealOptimizer, RealRun, Setup, make_accelerator, prepared, told, train_loaded
-from vlmedit.train.config import ConfigError
+from vlmedit.config import ConfigError
+from vlmedit.cost import counting, plan
+from vlmedit.data.manifest import Feed, book_of, read_manifest
+from vlmedit.data.requests import Book
+from vlmedit.io import InputError
+from vlmedit.networks import load as loading
+from vlmedit.networks.backbones import family_of
+from vlmedit.networks.judges import FAMILIES, Judge, preprocessor_settings
+from vlmedit.networks.load import ExactCodec, load_judges, load_roles
+from vlmedit.networks.prompts import TextBank
+from vlmedit.testing import random_models as tiny
+from vlmedit.testing.tiny_data import PREFIX
+from vlmedit.training.real_models import RealEdit, RealOptimizer, RealRun, Setup, make_accelerator, prepared, told, train_loaded
+from vlmedit.training.settings import RealConfig
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "performance.json", HERE / "performance.md"
@@ -264,7 +266,7 @@ def encode_flops(config: RealConfig) -> float:
     codec, _ = plan.meta_codec(config.backbone)
     width, height = config.sizes[0]
     pixels = torch.empty(1, 3, height, width, device="meta", dtype=torch.bfloat16)
-    return config.batch * budget.count(codec.autoencoder, lambda: codec.encode(pixels)).flops
+    return config.batch * counting.count(codec.autoencoder, lambda: codec.encode(pixels)).flops
 
 
 def counted(config: RealConfig, whole: bool) -> dict:

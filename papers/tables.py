@@ -1,6 +1,6 @@
 """Write the result tables of README.md and papers/npedit.md from papers/results/*.json, between their markers.
 
-    python papers/tables.py            # after papers/measure.py and papers/asking.py; tests/test_papers.py says when they are out of date
+    python papers/tables.py            # after papers/measure.py and papers/asking.py; tests/experiments/test_papers.py says when they are out of date
 
 What has not been measured is not in the tables; the table of the paper's claims says so and names the command.
 """
@@ -117,7 +117,7 @@ def arms_table(arms: dict, updates: int) -> str:
 
 def studies_tables() -> str:
     """What `vlmedit study` has measured so far, a table and a plot for each study."""
-    from vlmedit.study import EQUAL, STUDIES
+    from vlmedit.experiments.study import EQUAL, STUDIES
 
     parts = []
     for name in STUDIES:

@@ -10,8 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from helpers.tiny_models import tiny_dit, tiny_judge
 from hypothesis import HealthCheck, settings
-from tiny_models import tiny_dit, tiny_judge
 
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))

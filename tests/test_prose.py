@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from vlmedit import learn
+from vlmedit.teaching import checking
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -60,7 +60,7 @@ def flat(value) -> list[float]:
 
 def sources(path: Path) -> list[float]:
     """Numbers that prose may quote: recorded ones, parameters, constants in capitals."""
-    out = flat(learn.recorded(path))
+    out = flat(checking.recorded(path))
     for cell in nbformat.read(path, 4).cells:
         if cell.cell_type != "code":
             continue

@@ -8,10 +8,10 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
-    "EditPipeline": "vlmedit.models.pipeline",
-    "generate": "vlmedit.models.generate",
-    "DiT": "vlmedit.models.dit",
-    "JudgeModel": "vlmedit.models.judge",
+    "EditPipeline": "vlmedit.pipelines.shapes",
+    "generate": "vlmedit.pipelines.text_to_image",
+    "DiT": "vlmedit.networks.dit",
+    "JudgeModel": "vlmedit.networks.judge",
 }
 __all__ = ["__version__", "load", *_HOMES]
 
@@ -21,7 +21,7 @@ def load(name_or_dir="shapes", role: str = "editor", device=None):
 
     `role` chooses the student of a family: editor, warm (before the no-pair training) or teacher (text to image alone).
     """
-    from vlmedit.models.pipeline import load as load_pipeline
+    from vlmedit.pipelines.shapes import load as load_pipeline
 
     return load_pipeline(name_or_dir, role, device)
 

@@ -23,8 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
-from vlmedit.pictures import InputError, check_space, check_writable, disk_errors, save_json
-from vlmedit.train.config import ConfigError
+from vlmedit.config import ConfigError
+from vlmedit.io import InputError, check_space, check_writable, disk_errors, save_json
 from vlmedit.world.edits import ImpossibleEdit
 from vlmedit.world.language import UnknownInstruction
 
@@ -134,7 +134,7 @@ def edit(
         force: Try edits that the picture seems not to allow; a real model tries all.
         trust_remote_code: Run code that comes with a real model and is not the file that `vlmedit export` writes.
     """
-    from vlmedit.jobs import carry_out, find_exported, load_pipeline, model_side, prepare
+    from vlmedit.pipelines.batch_edit import carry_out, find_exported, load_pipeline, model_side, prepare
 
     given = dict(steps=(steps, 1), seed=(seed, 0), num_samples=(num_samples, 1), best_of=(best_of, 0), side=(side, 16))
     problems = _at_least(**{k: v for k, v in given.items() if v[0] is not None}) + _check_json(json)
@@ -145,7 +145,7 @@ def edit(
     if exported and judge and not (report or best_of):
         problems.append(f"--judge {judge}: it is asked for --report or --best-of alone; add one of them, or leave it out")
     if exported:
-        from vlmedit.real import editor
+        from vlmedit.pipelines import exported as editor
 
         fitted = lambda path: editor.fit(exported, path, side)
     else:
@@ -165,8 +165,8 @@ def edit(
         _say(f"nothing left to do: every edit is in {out}")
         pipe = None
     elif exported:
-        from vlmedit.models.pipeline import quiet
-        from vlmedit.real.judges import load_judge
+        from vlmedit.networks.judges import load_judge
+        from vlmedit.pipelines.shapes import quiet
 
         with quiet():
             seen = load_model(load_judge, "--judge", judge) if judge else None
@@ -203,7 +203,7 @@ def _unusable(model: str, real: bool, best_of: int, judge: str, side: int | None
         if best_of and not judge:
             problems.append(f"--best-of {best_of}: {model} has no judge of its own; name one, for example --judge Qwen/Qwen2.5-VL-7B-Instruct")
         if judge:
-            from vlmedit.real.loading import check_judge
+            from vlmedit.networks.load import check_judge
 
             problems += [f"--{problem}" for problem in check_judge(judge)]
         return problems
@@ -229,7 +229,7 @@ def evaluate(
         checkpoint: "shapes" (shipped) or the folder of a saved pipeline or training run.
         sampler: How the few steps are taken; by default what the model was trained with.
     """
-    from vlmedit.jobs import load_pipeline, model_side
+    from vlmedit.pipelines.batch_edit import load_pipeline, model_side
 
     problems = _at_least(n=(n, 1), seed=(seed, 0), steps=(steps, 1)) + _check_json(json)
     try:
@@ -237,7 +237,7 @@ def evaluate(
     except InputError as error:
         problems += [p.replace("--model", "--checkpoint") for p in error.problems]
     _raise(problems)
-    from vlmedit.evaluate import evaluate as measure
+    from vlmedit.evaluation.editing import evaluate as measure
 
     began = time.time()
     result = measure(load_pipeline(checkpoint), n=n, seed=seed, steps=steps, **({"sampler": sampler} if sampler else {}))
@@ -308,7 +308,7 @@ def read_settings(path: Path) -> dict:
     import yaml
 
     if not path.exists() and path.suffix.lower() in ("", ".yaml"):
-        from vlmedit.real.settings import find_config
+        from vlmedit.training.settings import find_config
 
         path = find_config(path)
     if path.suffix.lower() not in (".json", ".yaml", ".yml"):
@@ -374,7 +374,7 @@ def check_run(config) -> None:
 
 def train_stage(stage: str, tier: str, given: dict) -> dict:
     """Run one training stage; returns its configuration and last metrics."""
-    from vlmedit.train.stages import STAGES
+    from vlmedit.methods.stages import STAGES
 
     if stage not in STAGES:
         near = difflib.get_close_matches(stage, ("main", *STAGES), 1)
@@ -396,7 +396,7 @@ def train_stage(stage: str, tier: str, given: dict) -> dict:
 
 def train_real(stage: str, tier: str, given: dict, dry_run: bool) -> dict:
     """Run a stage on real models, or count what it would cost."""
-    from vlmedit.real.settings import CopyConfig, RealConfig
+    from vlmedit.training.settings import CopyConfig, RealConfig
 
     config_class = RealConfig if stage == "npedit" else CopyConfig
     fields = lambda c: {f.name for f in dataclasses.fields(c)}
@@ -406,7 +406,7 @@ def train_real(stage: str, tier: str, given: dict, dry_run: bool) -> dict:
         given = {k: v for k, v in given.items() if k != "side"}
     config = config_class.make(tier, **typed(config_class, given))
     if dry_run:
-        from vlmedit.real import plan
+        from vlmedit.cost import plan
 
         try:
             found = plan.plan(config)
@@ -419,7 +419,7 @@ def train_real(stage: str, tier: str, given: dict, dry_run: bool) -> dict:
         return {"stage": stage, "dry_run": True, **found.report()}
     check_writable(Path(config.out), "folder")
     check_space(Path(config.out), RUN_BYTES)
-    from vlmedit.real import train as real
+    from vlmedit.training import real_models as real
 
     began = time.time()
     with following(stage, config) as watch:
@@ -434,8 +434,8 @@ def train_real(stage: str, tier: str, given: dict, dry_run: bool) -> dict:
 
 def train_main(tier: str, given: dict) -> dict:
     """Run the README's main job; returns its configuration and what the oracle measured."""
-    from vlmedit.train.config import NPEditConfig
-    from vlmedit.train.main import live_config, run_main
+    from vlmedit.config import NPEditConfig
+    from vlmedit.experiments.live import live_config, run_main
 
     settings = typed(NPEditConfig, given)
     config = live_config(tier, **settings)
@@ -537,7 +537,7 @@ def data(
         return 0
     if source is not None:
         raise InputError(f"{source}: examples are drawn, not read; did you mean vlmedit data prepare {source}?")
-    from vlmedit.samples import write_samples
+    from vlmedit.data.samples import write_samples
 
     side = side or 32
     if out.is_dir() and any(out.iterdir()):
@@ -552,8 +552,8 @@ def data(
 
 def data_shards(manifest: Path, out: Path, kind: str, per_shard: int) -> dict:
     """Pack a manifest."""
-    from vlmedit.real.datasets import read_items
-    from vlmedit.real.shards import write_shards
+    from vlmedit.data.layouts import read_items
+    from vlmedit.data.shards import write_shards
 
     items = read_items(manifest)
     paths = write_shards(items, out, kind, per_shard)
@@ -582,10 +582,10 @@ def data_prepare(source: Path, out: Path, vlm: str, llm: str, layout: str, kinds
         raise InputError("--vlm is missing: name a vision-language model by folder or id, for example --vlm Qwen/Qwen2.5-VL-7B-Instruct")
     from accelerate.utils.environment import get_cpu_distributed_information
 
-    from vlmedit.models.pipeline import quiet
-    from vlmedit.real.datasets import check_dataset
-    from vlmedit.real.prepare import KINDS, Settings, prepare
-    from vlmedit.real.writers import load_writer
+    from vlmedit.data.layouts import check_dataset
+    from vlmedit.data.prepare.run import KINDS, Settings, prepare
+    from vlmedit.networks.judges.text_vlm import load_writer
+    from vlmedit.pipelines.shapes import quiet
 
     settings = Settings(str(source), layout, vlm, llm or None, kinds or tuple(KINDS), per_picture, side, seed)
     launched = get_cpu_distributed_information()  # of any launcher, by its environment; there is nothing to exchange
@@ -643,9 +643,9 @@ def bench(
         side: Pixels of the longer side that the judge is shown at most.
         partial: Measure the edits that are there, even if some are missing.
     """
-    from vlmedit.models.pipeline import quiet
-    from vlmedit.real.benchmarks import Encoder, compare, find_edits, measure, read_benchmark
-    from vlmedit.real.judges import load_judge
+    from vlmedit.benchmarks import Encoder, compare, find_edits, measure, read_benchmark
+    from vlmedit.networks.judges import load_judge
+    from vlmedit.pipelines.shapes import quiet
 
     _raise(_at_least(batch=(batch, 1), side=(side, 32), seed=(seed, 0)) + _check_json(json))
     check_writable(out, "folder")
@@ -685,10 +685,10 @@ def _difference(found: dict) -> str:
 
 def bench_draw(name: str, cases: list, edits: Path, model: str, seed: int, judges: list[str]) -> None:
     """Draw the edits of a benchmark that are missing, after everything small is checked."""
-    from vlmedit.jobs import find_exported
-    from vlmedit.real import editor
-    from vlmedit.real.benchmarks import draw_edits
-    from vlmedit.real.loading import check_judge
+    from vlmedit.benchmarks import draw_edits
+    from vlmedit.networks.load import check_judge
+    from vlmedit.pipelines import exported as editor
+    from vlmedit.pipelines.batch_edit import find_exported
 
     exported = find_exported(model)
     if exported is None:
@@ -737,7 +737,7 @@ def notebook(
         metric: What is plotted.
         against: The parameter on the x axis; by default the one with most values.
     """
-    from vlmedit import notebooks as suite
+    from vlmedit.teaching import runner as suite
 
     _raise(_at_least(jobs=(jobs, 1)) + _check_json(json))
     given = parse_pairs(p, "-p")
@@ -786,7 +786,7 @@ def _outcome(result) -> str:
 
 def notebook_results(runs: Path, csv: Path | None, parquet: Path | None, plot: Path | None, metric: str, against: str) -> int:
     """Gather the recorded metrics below a folder."""
-    from vlmedit import notebooks as suite
+    from vlmedit.teaching import runner as suite
 
     if not runs.is_dir():
         raise InputError(f"{runs}: no such folder; name a folder of runs")
@@ -838,8 +838,8 @@ def study(
         out: Folder of the results; papers/results/studies/NAME by default.
         runs: Folder of the trainings, shared by all studies; runs/studies by default.
     """
-    from vlmedit import study as suite
-    from vlmedit.train.stages import STAGES
+    from vlmedit.experiments import study as suite
+    from vlmedit.methods.stages import STAGES
 
     if name == "list":
         _raise(_check_json(json))
@@ -904,8 +904,8 @@ def export(
         kind: full (a whole pipeline) or adapter (the LoRA weights alone).
         push: Also upload it to this repository of the Hub, OWNER/NAME; private.
     """
-    from vlmedit.models.pipeline import quiet
-    from vlmedit.real import export as real
+    from vlmedit.pipelines import export as real
+    from vlmedit.pipelines.shapes import quiet
 
     _raise(_check_json(json))
     again = out is None and (run / "README.md").is_file()

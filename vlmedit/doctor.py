@@ -21,7 +21,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from vlmedit.pictures import free_bytes
+from vlmedit.io import free_bytes
 
 LEAST_PYTHON = (3, 11)
 LEAST_DISK = 2**30  # bytes: a run's checkpoints, logs and pictures
@@ -129,11 +129,11 @@ def lacking_models(config) -> list[str]:
 
 def random_models(tier: str, folder: Path) -> dict[str, str]:
     """Untrained models of a tier, saved: what a stage starts from when only its speed matters."""
-    from vlmedit.data import TEXT_LENGTH
-    from vlmedit.models.dit import DiT
-    from vlmedit.models.text import build_tokenizer
-    from vlmedit.train.config import JudgeConfig
-    from vlmedit.train.judge import build_judge
+    from vlmedit.config import JudgeConfig
+    from vlmedit.data.world import TEXT_LENGTH
+    from vlmedit.methods.judge import build_judge
+    from vlmedit.networks.dit import DiT
+    from vlmedit.networks.text import build_tokenizer
 
     config = JudgeConfig.make(tier)
     DiT(side=config.side, vocab_size=len(build_tokenizer()), text_length=TEXT_LENGTH).save_pretrained(folder / "dit")
@@ -154,7 +154,7 @@ def stage_seconds(config, loop) -> float:
 
 def durations(tiers: tuple[str, ...]) -> Iterator[Check]:
     """Minutes per tier and stage, measured. A stage that cannot make an update is a FAIL of its tier."""
-    from vlmedit.train.stages import STAGES
+    from vlmedit.methods.stages import STAGES
 
     for tier in tiers:
         minutes, failed, began = {}, [], time.perf_counter()

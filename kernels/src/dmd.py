@@ -1,6 +1,6 @@
 """The DMD step after its three network calls, in two passes: guidance, both x0 predictions, normalizer, gradient and loss.
 
-`vlmedit.dmd` says it in five steps, each of which reads and writes whole pictures:
+`vlmedit.equations.dmd` says it in five steps, each of which reads and writes whole pictures:
     x_t = (1 - t) x + t eps;  v_real = u + w (c - u);  x0_real = x_t - t v_real;  x0_fake = x_t - t v_fake
     gradient = (x0_fake - x0_real) / max(mean|x - x0_real|, floor)            [DMD, arXiv:2311.18828, Eq. 7 over Eq. 8]
     loss = gradient^2 / 2, averaged, whose derivative by x is gradient / numel
@@ -9,7 +9,7 @@ velocity. So x_t need not be kept, and the first pass sums |v_real - (eps - x)|,
 per pixel, whose mean goes over the channels alone, one pass does both. Sums are taken per program and then by torch: deterministic.
 
 Shapes: x, eps and the velocities (B, C, ...) of one dtype; t (B,) of its own. The gradient and the loss carry a derivative by x alone: scores are constants.
-Computes in float32 (float64 for float64). Deviates from `vlmedit.dmd`: what is exactly zero over a zero error is 0 either way; x_t is not
+Computes in float32 (float64 for float64). Deviates from `vlmedit.equations.dmd`: what is exactly zero over a zero error is 0 either way; x_t is not
 rounded to half precision in between, as it was when the networks saw it.
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from vlmedit.kernels.dispatch import accumulator, cdiv, launch, power_of_2, same_device, same_kind, shaped, tl, triton, use_triton, wide
 from vlmedit.kernels.sampler import guided_velocity
 
-from vlmedit.dmd import NORMS, dmd_gradient
-from vlmedit.dmd import dmd_loss as surrogate
+from vlmedit.equations.dmd import NORMS, dmd_gradient
+from vlmedit.equations.dmd import dmd_loss as surrogate
 from vlmedit.flow import guide, interpolate, to_x0
 
 BLOCK = 1024  # values per program

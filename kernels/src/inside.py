@@ -1,7 +1,7 @@
 """The fused operations inside the package's own update, for as long as one asks: what `papers/performance.py --kernels` measures.
 
     with kernels.use("dmd_step", "vlm_patches"):     # or all: kernels.use()
-        ...                                          # updates of vlmedit.train.npedit and vlmedit.real.train
+        ...                                          # updates of vlmedit.methods.npedit and vlmedit.training.real_models
 
 | name          | stands in for                                                                                               |
 |---------------|-------------------------------------------------------------------------------------------------------------|
@@ -48,7 +48,7 @@ def _swapped(owner: object, name: str, value: Callable) -> Iterator[None]:
 
 
 def _dmd() -> list[tuple[object, str, Callable]]:
-    from vlmedit import objectives
+    from vlmedit.equations import matching as objectives
 
     def loss(x: Tensor, s: objectives.Setting) -> Tensor:
         with torch.no_grad():  # both scores are constants of the student's loss
@@ -62,7 +62,7 @@ def _dmd() -> list[tuple[object, str, Callable]]:
 
 
 def _step() -> list[tuple[object, str, Callable]]:
-    from vlmedit.train import npedit
+    from vlmedit.methods import npedit
 
     plain = npedit.rollout
 
@@ -84,7 +84,7 @@ def _step() -> list[tuple[object, str, Callable]]:
 
 
 def _answer() -> list[tuple[object, str, Callable]]:
-    from vlmedit.real import judges
+    from vlmedit.networks import judges
 
     plain = judges.two_row_margin
 
@@ -97,7 +97,7 @@ def _answer() -> list[tuple[object, str, Callable]]:
 
 
 def _patches() -> list[tuple[object, str, Callable]]:
-    from vlmedit.real import judges
+    from vlmedit.networks import judges
 
     def qwen(self, picture: Tensor) -> Tensor:
         patch, merge, frames = (self.setting(k) for k in ("patch_size", "merge_size", "temporal_patch_size"))

@@ -1,7 +1,7 @@
 """From pictures to what a vision tower reads, in one pass: clamp, resize with antialiasing, normalize, cut into patches; and its gradient.
 
     out = ((clamp(R_y clamp(x) R_x^T) + 1) / 2 - mean) / std, in patches     R: Pillow's and torch's bicubic or bilinear filter, antialiased
-Both clamps pass the gradient straight through, as `vlmedit.real.judges.resize` does, so the way back is linear: R_y^T (g / 2 std) R_x,
+Both clamps pass the gradient straight through, as `vlmedit.networks.judges.resize` does, so the way back is linear: R_y^T (g / 2 std) R_x,
 summed over the frames that repeat a picture. Nothing is kept for it but std. Both ways one program gathers what its pixels need through
 two short tables of weights, one per side, made once per pair of sizes; the way back has the tables of the transposed maps. So nothing
 is added atomically, and it is deterministic; torch's own backward pass of this resize on CUDA adds atomically and is not.

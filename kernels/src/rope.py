@@ -5,7 +5,7 @@
 
 Pairs are the two halves of a head (`interleaved=False`, the suite's DiT) or neighbors (`interleaved=True`: FLUX, Qwen-Image,
 Z-Image). What makes the embedding 2-D lies in the table alone: half of its columns turn with y, half with x
-(`vlmedit.models.dit.rotary_table`). In torch this is five passes and the halves are copied twice; here it is one. Kept are x and
+(`vlmedit.networks.dit.rotary_table`). In torch this is five passes and the halves are copied twice; here it is one. Kept are x and
 one number per head and token. The weight's gradient is summed per program in a fixed order, then by torch: deterministic; a frozen
 weight's is not computed.
 
