@@ -19,12 +19,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vlmedit.config import CycleGANConfig
-from vlmedit.data.world import rng_for
-from vlmedit.equations.cycle import CycleBatch, adversarial_loss, copy_loss, critic_loss, cycle_batch, cycle_loss
+from vlmedit.data.cycles import CycleBatch, cycle_batch
+from vlmedit.equations.cycle import adversarial_loss, copy_loss, critic_loss, cycle_loss
 from vlmedit.equations.dmd import draw_dmd_time
 from vlmedit.equations.matching import ratio_head
 from vlmedit.equations.unroll import draw_times, rollout
 from vlmedit.networks.dit import DiT
+from vlmedit.seeds import rng_for
 from vlmedit.training.engine import EMA, Optimizer, Run, Step
 
 

@@ -12,10 +12,11 @@ import torch
 from accelerate import Accelerator
 
 from vlmedit.config import DistillConfig
-from vlmedit.data.world import captioned_batch, rng_for
+from vlmedit.data.world import captioned_batch
 from vlmedit.equations.dmd import dmd_gradient, dmd_loss, dmd_scores, draw_dmd_time, fake_score_loss
 from vlmedit.equations.unroll import draw_times, rollout
 from vlmedit.networks.dit import DiT
+from vlmedit.seeds import rng_for
 from vlmedit.training.engine import EMA, Optimizer, Run, Step
 
 

@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vlmedit.config import GRPOConfig
-from vlmedit.data.world import TASKS, UnpairedBatch, unpaired_batch
+from vlmedit.data.batches import UnpairedBatch
+from vlmedit.data.world import TASKS, unpaired_batch
 from vlmedit.equations.flow_grpo import (
     POLICIES,
     Trajectory,

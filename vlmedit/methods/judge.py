@@ -21,8 +21,8 @@ from vlmedit.flow import few_step_times, interpolate, sample, to_x0
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judge import JudgeConfig as ModelConfig
 from vlmedit.networks.judge import JudgeModel
-from vlmedit.networks.text import build_tokenizer
 from vlmedit.training.engine import EMA, Optimizer, Run, Step
+from vlmedit.world.tokenizer import build_tokenizer
 
 
 def yes_no_losses(judge: JudgeModel, work: Lesson, output: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

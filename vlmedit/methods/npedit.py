@@ -27,7 +27,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vlmedit.config import ConfigError, NPEditConfig
-from vlmedit.data.world import TASKS, UnpairedBatch, rng_for, unpaired_batch
+from vlmedit.data.batches import UnpairedBatch
+from vlmedit.data.world import TASKS, unpaired_batch
 from vlmedit.equations.dmd import draw_dmd_time, fake_score_loss
 from vlmedit.equations.judge_loss import gain_ramp
 from vlmedit.equations.matching import OBJECTIVES, Setting, gan_loss, ratio_head, ratio_loss
@@ -37,6 +38,7 @@ from vlmedit.flow import flow_matching_loss, logit_normal_time
 from vlmedit.networks.codec import Codec, PixelCodec
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judge import JudgeModel
+from vlmedit.seeds import rng_for
 from vlmedit.training.engine import EMA, Optimizer, Run, Step
 
 

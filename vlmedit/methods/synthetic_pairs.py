@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlmedit.config import SyntheticConfig
-from vlmedit.data.world import TEXT_LENGTH, UnpairedBatch, unpaired_batch
+from vlmedit.data.batches import TEXT_LENGTH, UnpairedBatch
+from vlmedit.data.world import unpaired_batch
 from vlmedit.equations.cycle import guided
 from vlmedit.equations.judge_loss import judge_loss
 from vlmedit.equations.training_free import EDITORS, calls

@@ -12,12 +12,14 @@ import torch
 from accelerate import Accelerator
 
 from vlmedit.config import TeacherConfig
-from vlmedit.data.world import GROUND_CLASSES, TEXT_LENGTH, captioned_batch
+from vlmedit.data.batches import TEXT_LENGTH
+from vlmedit.data.world import captioned_batch
 from vlmedit.flow import interpolate, logit_normal_time, velocity_target
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judge import ground_loss
-from vlmedit.networks.text import build_tokenizer
 from vlmedit.training.engine import EMA, Optimizer, Run, Step
+from vlmedit.world.scene import GROUND_CLASSES
+from vlmedit.world.tokenizer import build_tokenizer
 
 
 def drop_text(ids: torch.Tensor, share: float) -> torch.Tensor:

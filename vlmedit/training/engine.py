@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlmedit.config import ConfigError, TrainConfig
-from vlmedit.data.world import seed_torch
+from vlmedit.seeds import seed_torch
 
 
 @dataclass(frozen=True)
