@@ -20,7 +20,7 @@ import vlmedit
 from vlmedit import cli, doctor
 from vlmedit.cli import main
 from vlmedit.config import TIERS, ConfigError, JudgeConfig, TeacherConfig
-from vlmedit.data.world import TEXT_LENGTH
+from vlmedit.data.batches import TEXT_LENGTH
 from vlmedit.io import load_picture
 from vlmedit.methods.judge import build_judge
 from vlmedit.methods.teacher import train_teacher
@@ -34,8 +34,8 @@ def model(tmp_path_factory) -> Path:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from vlmedit.networks.dit import DiT
-    from vlmedit.networks.text import build_tokenizer
     from vlmedit.pipelines.shapes import EditPipeline
+    from vlmedit.world.tokenizer import build_tokenizer
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer()

@@ -25,11 +25,11 @@ from vlmedit.data.judge_lessons import (
 )
 from vlmedit.data.world import Example, sample_example
 from vlmedit.methods.judge import practise, soften
-from vlmedit.networks.text import END, NO, YES, build_tokenizer
 from vlmedit.world.edits import EDIT_TYPES, Edit, apply_edit
 from vlmedit.world.language import DESCRIBE, caption, parse_instruction
 from vlmedit.world.render import render
 from vlmedit.world.scene import COLORS, SHAPES, Scene, Thing
+from vlmedit.world.tokenizer import END, NO, YES, build_tokenizer
 from vlmedit.world.verdict import edit_done, rest_kept
 
 PAIRS = 64

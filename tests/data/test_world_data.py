@@ -11,29 +11,26 @@ from scipy.stats import chisquare
 
 from vlmedit.data import judge_lessons as schooling
 from vlmedit.data import world as data
+from vlmedit.data.batches import CaptionedBatch, PairedBatch, UnpairedBatch
 from vlmedit.data.world import (
     EDIT_SHARES,
     SETTLED_TYPES,
     SLOTS,
-    CaptionedBatch,
-    PairedBatch,
-    UnpairedBatch,
     captioned_batch,
     held_out,
     jpeg,
     paired_batch,
     reading_batch,
     references,
-    rng_for,
     sample_example,
-    seed_torch,
     settle,
     unpaired_batch,
 )
-from vlmedit.networks.text import build_tokenizer
+from vlmedit.seeds import rng_for, seed_torch
 from vlmedit.world.edits import ALL_TYPES, ImpossibleEdit, apply_edit, check_edit
 from vlmedit.world.language import caption, parse_instruction
 from vlmedit.world.render import render
+from vlmedit.world.tokenizer import build_tokenizer
 from vlmedit.world.verdict import edit_done, rest_kept
 
 
@@ -62,7 +59,7 @@ def test_a_batch_of_given_requests_is_made_of_their_own_words_and_pictures():
     """Row by row: the instruction, both captions, both questions, their answers and the picture belong to the example given."""
     examples = held_out(16, 3, ALL_TYPES[:9])
     reference = render([e.scene for e in examples], 16)
-    batch = data.batch_of(examples, reference)
+    batch = data.batch_of_examples(examples, reference)
     assert len(batch) == 16 and batch.reference is reference and batch.types == tuple(e.edit.type for e in examples)
     assert words(batch.instruction) == [e.instruction for e in examples]
     assert words(batch.reference_caption) == [caption(e.scene) for e in examples]

@@ -15,7 +15,7 @@ from vlmedit.equations.rewards import LEVELS, REWARDS, SHIFT, WORDINGS, Panel, T
 from vlmedit.flow import flow_matching_loss, interpolate, logit_normal_time, velocity_target
 from vlmedit.methods import npedit as trainer
 from vlmedit.methods.npedit import NPEdit, train_npedit
-from vlmedit.networks.text import build_tokenizer
+from vlmedit.world.tokenizer import build_tokenizer
 
 TWO = (1.0, 0.5)
 

@@ -18,7 +18,8 @@ from diffusers import (
 )
 from transformers import Qwen3Config, Qwen3Model
 
-from vlmedit.data.requests import Book, Request, batch_of, from_example
+from vlmedit.data.requests import Book, Request, batch_of
+from vlmedit.data.world import from_example
 from vlmedit.flow import interpolate, sample, to_x0, velocity_target
 from vlmedit.networks.backbones import FAMILIES, backbone_of, family_of, grid_ids, load_transformer, pack, unpack, widen
 from vlmedit.networks.prompts import TextBank, encode_prompts

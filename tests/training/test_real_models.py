@@ -34,7 +34,6 @@ from vlmedit.data.layouts import read_items
 from vlmedit.data.manifest import Feed, Order, book_of, load_fitted, nearest, read_manifest
 from vlmedit.data.requests import Book
 from vlmedit.data.shards import write_shards
-from vlmedit.data.world import rng_for
 from vlmedit.equations.judge_loss import judge_loss
 from vlmedit.flow import few_step_times, guide, sample
 from vlmedit.io import InputError
@@ -43,6 +42,7 @@ from vlmedit.networks.backbones import Backbone, pack, unpack
 from vlmedit.networks.prompt_cache import PromptCache, pipeline_encoder
 from vlmedit.pipelines.export import ABOUT, CODE, export, push_to_hub
 from vlmedit.pipelines.shapes import to_pixels
+from vlmedit.seeds import rng_for
 from vlmedit.testing.tiny_data import PIPELINES, made
 from vlmedit.training import real_models as train
 from vlmedit.training import trackers

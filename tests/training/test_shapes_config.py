@@ -15,9 +15,9 @@ from vlmedit import cli
 from vlmedit.config import NPEditConfig
 from vlmedit.cost import plan
 from vlmedit.data.manifest import Row, book_of, check_questions, nothing_of
-from vlmedit.data.requests import Book, Request, batch_of, from_example
-from vlmedit.data.world import batch_of as shape_batch
-from vlmedit.data.world import rng_for, sample_example
+from vlmedit.data.requests import Book, Request, batch_of
+from vlmedit.data.world import batch_of_examples as shape_batch
+from vlmedit.data.world import from_example, sample_example
 from vlmedit.equations.unroll import rollout
 from vlmedit.flow import few_step_times
 from vlmedit.io import InputError
@@ -27,12 +27,13 @@ from vlmedit.networks.backbones import backbone_of, load_transformer
 from vlmedit.networks.codec import PixelCodec
 from vlmedit.networks.judges import load_judge
 from vlmedit.networks.prompt_cache import pipeline_encoder
-from vlmedit.networks.text import build_tokenizer
 from vlmedit.pipelines.export import export
 from vlmedit.pipelines.shapes import EditPipeline
+from vlmedit.seeds import rng_for
 from vlmedit.testing import tiny_data as rehearsal
 from vlmedit.training.real_models import train_real
 from vlmedit.training.settings import RealConfig
+from vlmedit.world.tokenizer import build_tokenizer
 
 KINDS = ("recolor", "remove", "nothing", "add", "style", "move")
 ROWS = 24

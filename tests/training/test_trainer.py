@@ -16,16 +16,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vlmedit.config import TIERS, ConfigError, JudgeConfig, TeacherConfig, TrainConfig
-from vlmedit.data.world import GROUND_CLASSES, TEXT_LENGTH, captioned_batch, seed_torch
+from vlmedit.data.batches import TEXT_LENGTH
+from vlmedit.data.world import captioned_batch
 from vlmedit.flow import interpolate, logit_normal_time, velocity_target
 from vlmedit.methods.judge import train_judge
 from vlmedit.methods.stages import STAGES as ALL_STAGES
 from vlmedit.methods.teacher import drop_text, train_teacher
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judge import ground_loss
-from vlmedit.networks.text import build_tokenizer
+from vlmedit.seeds import seed_torch
 from vlmedit.training import engine
 from vlmedit.training.engine import EMA, Checkpoints, Optimizer, Run, make_accelerator
+from vlmedit.world.scene import GROUND_CLASSES
+from vlmedit.world.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[2]
 STAGES = {"teacher": (TeacherConfig, train_teacher, dict(side=16)), "judge": (JudgeConfig, train_judge, dict(side=32))}

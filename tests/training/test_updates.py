@@ -17,9 +17,9 @@ from vlmedit.networks.codec import PixelCodec
 from vlmedit.networks.judges import load_judge
 from vlmedit.networks.lora import AdapterRole, Roles, SharedBase, adapter_roles, module_roles
 from vlmedit.networks.prompts import TextBank
-from vlmedit.networks.text import build_tokenizer, encode
 from vlmedit.testing import random_models as tiny
 from vlmedit.training.engine import EMA, Optimizer, make_accelerator
+from vlmedit.world.tokenizer import build_tokenizer, encode
 
 SIDE, TWO = 32, (1.0, 0.5)
 REQUESTS = (

@@ -19,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmedit.data.world import TEXT_LENGTH, Batch, Example, ground, rng_for, sample_example, target_of
-from vlmedit.networks.text import END, NO, PAD, YES, build_tokenizer, encode
+from vlmedit.data.batches import TEXT_LENGTH, Batch
+from vlmedit.data.world import Example, ground, sample_example, target_of
+from vlmedit.seeds import rng_for
 from vlmedit.world.edits import ALL_TYPES, EDIT_TYPES, Edit, ImpossibleEdit, apply_edit, sample_edit
 from vlmedit.world.language import DESCRIBE, PRESENCE, Question, caption, edit_question, identity_question, instruct
 from vlmedit.world.render import render
 from vlmedit.world.scene import COLORS, SHAPES, TEXTURES, Scene, Thing, can_wear, sample_scene
+from vlmedit.world.tokenizer import END, NO, PAD, YES, build_tokenizer, encode
 from vlmedit.world.verdict import edit_done, rest_kept
 
 SHARES = {"right": 0.30, "same": 0.12, "collateral": 0.22, "wrong": 0.18, "drifted": 0.12, "other": 0.06}

@@ -27,11 +27,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from vlmedit.data.batches import UnpairedBatch
 from vlmedit.data.layouts import read_items
 from vlmedit.data.requests import QUESTIONS, Book, Request, batch_of
 from vlmedit.data.shards import Place, shard_rows
-from vlmedit.data.world import UnpairedBatch, rng_for
 from vlmedit.io import BROKEN, InputError, some, to_rgb
+from vlmedit.seeds import rng_for
 from vlmedit.world.language import TEMPLATES, UnknownInstruction
 
 SAME = {  # names of edit types in other data, as ours

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlmedit.data.world import captioned_batch, paired_batch, unpaired_batch
 from vlmedit.io import contact_sheet, disk_errors, strip
-from vlmedit.networks.text import build_tokenizer
+from vlmedit.world.tokenizer import build_tokenizer
 
 
 @dataclass(frozen=True)

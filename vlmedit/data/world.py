@@ -1,11 +1,7 @@
-"""What each trainer may see, as batches of tensors.
-
-* `CaptionedBatch`: picture and caption, for the text-to-image teacher.
-* `UnpairedBatch`: the no-pair path. A reference, an instruction, a target *caption*, and two questions: no field could
-  hold a target image, and a test says so.
-* `PairedBatch`: reference, instruction and exact target, for the paired rivals alone.
+"""The world's drawing: scenes, edits and their words, as the batches that each trainer may see (`data.batches`).
 
 Everything is drawn from (seed, step, rank) anew, so a training run has no data position to lose and resumes exactly.
+Shapes: pictures (B, 3, S, S) in [-1, 1]; texts (B, L) ids.
 """
 
 from __future__ import annotations
@@ -13,21 +9,22 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmedit.networks.text import encode
+from vlmedit.data.batches import TEXT_LENGTH, CaptionedBatch, PairedBatch, UnpairedBatch
+from vlmedit.data.requests import Request, batch_of
+from vlmedit.seeds import rng_for
 from vlmedit.world.edits import ALL_TYPES, Edit, ImpossibleEdit, apply_edit, sample_edit
-from vlmedit.world.language import Question, caption, edit_question, identity_question, instruct
+from vlmedit.world.language import caption, edit_question, instruct
 from vlmedit.world.render import render
 from vlmedit.world.scene import BACKGROUNDS, COLORS, SHAPES, SIDES, STYLES, TEXTURES, Scene, sample_scene
+from vlmedit.world.tokenizer import Words, encode
 
-GROUND_CLASSES = (len(SHAPES) + 1, len(COLORS) + 1, len(TEXTURES) + 1)  # of a patch, each with "nothing"
-TEXT_LENGTH = 24  # words of a caption, an instruction or a question, padded
 HELD_OUT = "held-out"  # prefix of every evaluation stream's seed; no trainer uses it
 
 # Share of each edit type in training. As in the released recipe, removals are drawn most often, and doing nothing 1 %.
@@ -41,45 +38,6 @@ EDIT_SHARES = {
 TASKS = {"edit": EDIT_SHARES, "customise": {"customise": 0.99, "nothing": 0.01}, "both": {**EDIT_SHARES, "customise": 0.2}}
 
 
-class Batch:
-    """Tensors move with `.to(device)`; other fields stay."""
-
-    def to(self, device):
-        return type(self)(**{f.name: v.to(device) if isinstance(v := getattr(self, f.name), Tensor) else v for f in fields(self)})
-
-    def __len__(self) -> int:
-        return len(getattr(self, fields(self)[0].name))
-
-
-@dataclass(frozen=True)
-class CaptionedBatch(Batch):
-    image: Tensor  # (B, 3, S, S) in [-1, 1]
-    caption: Tensor  # (B, L) ids
-    ground: Tensor  # (B, (S / 4)^2, 3): what each patch shows, see `ground`
-
-
-@dataclass(frozen=True)
-class UnpairedBatch(Batch):
-    reference: Tensor  # (B, 3, S, S) in [-1, 1]
-    instruction: Tensor  # (B, L) ids
-    reference_caption: Tensor  # (B, L) ids: what the reference shows
-    target_caption: Tensor  # (B, L) ids: what the edited picture would show
-    edit_question: Tensor  # (B, L) ids
-    edit_answer: Tensor  # (B,) 1 where "yes" is right
-    edit_pair: Tensor  # (B,) 1 where the question is about both pictures
-    identity_question: Tensor  # (B, L) ids
-    nothing: Tensor  # (B,) 1 where the instruction asks for no change
-    types: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class PairedBatch(Batch):
-    reference: Tensor
-    instruction: Tensor
-    target: Tensor  # (B, 3, S, S): what the no-pair trainer never sees
-    types: tuple[str, ...]
-
-
 @dataclass(frozen=True)
 class Example:
     """A request: a scene, an edit of it, and the edit in words."""
@@ -87,16 +45,6 @@ class Example:
     scene: Scene
     edit: Edit
     instruction: str
-
-
-def rng_for(*parts) -> random.Random:
-    """A generator that depends on nothing but its parts."""
-    return random.Random("/".join(str(p) for p in parts))
-
-
-def seed_torch(*parts) -> None:
-    """Seed torch's global generator from the parts."""
-    torch.manual_seed(rng_for(*parts).getrandbits(62))
 
 
 def jpeg(image: Tensor, quality: int) -> Tensor:
@@ -143,7 +91,8 @@ def ground(scenes: list[Scene], grid: int) -> Tensor:
         for t in scene.things:
             reach = t.size + 0.25 / grid
             inside = ((center - t.y).abs() <= reach)[:, None] & ((center - t.x).abs() <= reach)[None]
-            labels[b, inside] = torch.tensor((SHAPES.index(t.shape) + 1, tuple(COLORS).index(t.color) + 1, TEXTURES.index(t.texture) + 1))
+            shown = SHAPES.index(t.shape) + 1, tuple(COLORS).index(t.color) + 1, TEXTURES.index(t.texture) + 1
+            labels[b, inside] = torch.tensor(shown)
     return labels.flatten(1, 2)
 
 
@@ -172,36 +121,37 @@ def settle(example: Example, rng: random.Random) -> Example:
     return Example(scene, Edit("nothing"), instruct(example.edit, scene, rng))
 
 
-def unpaired_batch(batch: int, side: int, *seed, kinds=None, pool: int | None = None, settled: float = 0.0) -> UnpairedBatch:
-    """Requests without targets. `pool` limits the data to that many distinct examples, drawn with replacement (for data studies); the first
-    part of the seed, a run's own, says which. `settled` is the share that asks for what is so already, and is then a "do nothing" in the words of a real request."""
-    rng = rng_for("unpaired", *seed)
+def draw_examples(batch: int, rng: random.Random, *seed, kinds=None, pool: int | None = None, settled: float = 0.0) -> list[Example]:
+    """The requests of one batch. `pool` limits the data to that many distinct examples, drawn with replacement (for data
+    studies); the first part of the seed, a run's own, says which. `settled` is the share that asks for what is so already,
+    and is then a "do nothing" in the words of a real request."""
     kinds = kinds or EDIT_SHARES
     if pool is None:
         examples = [sample_example(rng, kinds) for _ in range(batch)]
     else:
         examples = [sample_example(rng_for("pool", *seed[:1], rng.randrange(pool)), kinds) for _ in range(batch)]
-    examples = [settle(e, rng) if settled and e.edit.type in SETTLED_TYPES and rng.random() < settled else e for e in examples]
-    return batch_of(examples, references(examples, side, rng))
+    return [settle(e, rng) if settled and e.edit.type in SETTLED_TYPES and rng.random() < settled else e for e in examples]
 
 
-def batch_of(examples: Sequence[Example], reference: Tensor) -> UnpairedBatch:
-    """These requests, of these pictures, as the no-pair trainer sees them."""
-    edit_qs: list[Question] = [edit_question(e.edit, e.instruction) for e in examples]
-    identity_qs = [identity_question(e.edit, e.instruction) for e in examples]
-    ids = lambda texts: encode(list(texts), TEXT_LENGTH)
-    return UnpairedBatch(
-        reference=reference,
-        instruction=ids(e.instruction for e in examples),
-        reference_caption=ids(caption(e.scene) for e in examples),
-        target_caption=ids(caption(apply_edit(e.scene, e.edit, random.Random(0))) for e in examples),
-        edit_question=ids(q.text for q in edit_qs),
-        edit_answer=torch.tensor([float(q.answer) for q in edit_qs]),
-        edit_pair=torch.tensor([float(q.pair) for q in edit_qs]),
-        identity_question=ids(q.text for q in identity_qs),
-        nothing=torch.tensor([float(e.edit.type == "nothing") for e in examples]),
-        types=tuple(e.edit.type for e in examples),
-    )
+def unpaired_batch(batch: int, side: int, *seed, **which) -> UnpairedBatch:
+    """Requests without targets; `which` of them is said as to `draw_examples`: `kinds`, `pool`, `settled`."""
+    rng = rng_for("unpaired", *seed)
+    examples = draw_examples(batch, rng, *seed, **which)
+    return batch_of_examples(examples, references(examples, side, rng))
+
+
+def from_example(example: Example) -> Request:
+    """A request of the world of shapes in plain words."""
+    edit = example.edit
+    after = apply_edit(example.scene, edit, random.Random(0))
+    thing = f"a {edit.shape}" if not edit_question(edit, example.instruction).pair else None
+    return Request(example.instruction, caption(example.scene), caption(after), edit.type, thing)
+
+
+def batch_of_examples(examples: Sequence[Example], reference: Tensor) -> UnpairedBatch:
+    """These requests, of these pictures, as the no-pair trainer sees them: texts are words of the world."""
+    words = Words(TEXT_LENGTH)
+    return batch_of([from_example(e) for e in examples], reference, words, words, "shapes")
 
 
 SLOTS = {
@@ -214,9 +164,12 @@ def reading_batch(batch: int, *seed) -> tuple[Tensor, Tensor]:
     """Instructions (B, L) ids and what they ask for: (B, slots) indices from 1, 0 where a slot is not named. No pictures."""
     rng = rng_for("reading", *seed)
     examples = [sample_example(rng, ALL_TYPES) for _ in range(batch)]
-    index = lambda words, word: 0 if word is None else words.index(word) + 1
-    labels = [[index(words, getattr(e.edit, slot)) for slot, words in SLOTS.items()] for e in examples]
+    labels = [[_number(words, getattr(e.edit, slot)) for slot, words in SLOTS.items()] for e in examples]
     return encode([e.instruction for e in examples], TEXT_LENGTH), torch.tensor(labels)
+
+
+def _number(words: Sequence[str], word: str | None) -> int:
+    return 0 if word is None else words.index(word) + 1
 
 
 def paired_batch(batch: int, side: int, *seed, kinds=None) -> PairedBatch:
@@ -225,7 +178,8 @@ def paired_batch(batch: int, side: int, *seed, kinds=None) -> PairedBatch:
     examples = [sample_example(rng, kinds or EDIT_SHARES) for _ in range(batch)]
     reference = references(examples, side, rng)
     target = render([target_of(e, rng_for("target", *seed, i)) for i, e in enumerate(examples)], side)
-    return PairedBatch(reference, encode([e.instruction for e in examples], TEXT_LENGTH), target, tuple(e.edit.type for e in examples))
+    instruction = encode([e.instruction for e in examples], TEXT_LENGTH)
+    return PairedBatch(reference, instruction, target, tuple(e.edit.type for e in examples))
 
 
 def held_out(n: int, seed: int, kinds: Sequence[str]) -> list[Example]:

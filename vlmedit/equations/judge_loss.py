@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmedit.data.world import UnpairedBatch
+from vlmedit.data.batches import UnpairedBatch
 from vlmedit.networks.judge import JudgeModel
 
 ANSWER_LOSSES = ("two_logits", "vocabulary")

@@ -19,13 +19,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vlmedit.data.world import TEXT_LENGTH, Example
+from vlmedit.data.batches import TEXT_LENGTH
+from vlmedit.data.world import Example
 from vlmedit.flow import Velocity, few_step_times, guide, interpolate, sample, step_euler
 from vlmedit.networks.dit import DiT
-from vlmedit.networks.text import encode
 from vlmedit.world.edits import apply_edit
 from vlmedit.world.language import caption
 from vlmedit.world.render import render
+from vlmedit.world.tokenizer import encode
 
 
 def times_below(start: float, steps: int) -> tuple[float, ...]:

@@ -19,20 +19,22 @@ import torch
 from torch import Tensor
 
 from vlmedit import flow
+from vlmedit.data.batches import TEXT_LENGTH
 from vlmedit.data.judge_lessons import lesson
-from vlmedit.data.world import TEXT_LENGTH, Example, held_out, rng_for
+from vlmedit.data.world import Example, held_out
 from vlmedit.equations.judge_loss import answer_logits
 from vlmedit.equations.search import SEARCHES, Loss, Query
 from vlmedit.evaluation.statistics import calibration_error
 from vlmedit.methods.judge import attack, yes_no_losses
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judge import JudgeModel
-from vlmedit.networks.text import encode
+from vlmedit.seeds import rng_for
 from vlmedit.world.edits import EDIT_TYPES
 from vlmedit.world.language import caption, edit_question, identity_question
 from vlmedit.world.oracle import Verdict, judge_edit, keep_mask, parse, psnr
 from vlmedit.world.render import render
 from vlmedit.world.scene import Scene, sample_scene
+from vlmedit.world.tokenizer import encode
 
 
 @dataclass(frozen=True)

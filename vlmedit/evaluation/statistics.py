@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vlmedit import flow
-from vlmedit.data.world import TEXT_LENGTH
+from vlmedit.data.batches import TEXT_LENGTH
 from vlmedit.networks.dit import DiT
 
 Z95, Z80 = 1.959964, 0.841621  # of a normal: 95 % two-sided, 80 % one-sided

@@ -24,7 +24,6 @@ from transformers.utils import cached_file
 
 from vlmedit.config import ConfigError
 from vlmedit.data.requests import Book
-from vlmedit.data.world import seed_torch
 from vlmedit.io import InputError
 from vlmedit.networks import judges
 from vlmedit.networks.backbones import Backbone, Channels, ZImage, backbone_of, family_of, load_transformer, widen
@@ -36,6 +35,7 @@ from vlmedit.networks.prompt_cache import DTYPE, WORDS_ALONE
 from vlmedit.networks.prompts import TextBank
 from vlmedit.networks.sharding import blocks, settle, shard
 from vlmedit.pipelines.export import LORA_FILE
+from vlmedit.seeds import seed_torch
 
 ENCODERS = ("text_encoder", "image_encoder")  # how a pipeline names its other models; the rest are tokenizers, processors and a scheduler
 

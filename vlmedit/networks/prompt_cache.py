@@ -26,8 +26,8 @@ from transformers import PreTrainedTokenizerFast
 from vlmedit.io import InputError, save_json
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.prompts import TextBank, encode_prompts
-from vlmedit.networks.text import encode
 from vlmedit.pipelines.shapes import EditPipeline
+from vlmedit.world.tokenizer import encode
 
 DTYPE = "dtype" if hasattr(diffusers.utils.deprecation_utils, "_TORCH_DTYPE_DEPRECATION_MESSAGE") else "torch_dtype"  # renamed in diffusers
 SHARD = 512  # prompts

@@ -38,11 +38,11 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from vlmedit import flow
-from vlmedit.data.world import rng_for
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judge import JudgeModel
-from vlmedit.networks.text import build_tokenizer, encode
+from vlmedit.seeds import rng_for
 from vlmedit.world.language import Question, edit_question, identity_question, normalise, parse_instruction
+from vlmedit.world.tokenizer import build_tokenizer, encode
 
 Pictures = Image.Image | Tensor | Sequence[Image.Image | Tensor]
 STAGES = {"editor": "npedit", "warm": "warmup", "teacher": "teacher", "judge": "judge", "second_judge": "judge"}  # checkpoint -> what trains it

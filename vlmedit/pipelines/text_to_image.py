@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlmedit import flow
 from vlmedit.networks.dit import DiT
-from vlmedit.networks.text import UNK, build_tokenizer, encode
+from vlmedit.world.tokenizer import UNK, build_tokenizer, encode
 
 
 def caption_ids(captions: Sequence[str], length: int) -> Tensor:

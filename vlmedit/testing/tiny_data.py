@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vlmedit.data.requests import from_example
-from vlmedit.data.world import EDIT_SHARES, SETTLED_TYPES, references, rng_for, sample_example, settle
+from vlmedit.data.world import EDIT_SHARES, SETTLED_TYPES, from_example, references, sample_example, settle
 from vlmedit.io import InputError
 from vlmedit.pipelines.shapes import assemble, checkpoint
+from vlmedit.seeds import rng_for
 from vlmedit.testing import random_models as tiny
 from vlmedit.world.render import render
 

@@ -33,9 +33,9 @@ from torch._dynamo import list_backends
 
 from vlmedit import io as pictures
 from vlmedit.config import ConfigError
+from vlmedit.data.batches import UnpairedBatch
 from vlmedit.data.manifest import Feed, book_of, check_questions, read_manifest
 from vlmedit.data.requests import Book
-from vlmedit.data.world import UnpairedBatch, rng_for, seed_torch
 from vlmedit.equations.unroll import draw_times
 from vlmedit.flow import flow_matching_loss, guide, logit_normal_time
 from vlmedit.io import InputError, check_space, save_json
@@ -58,6 +58,7 @@ from vlmedit.networks.prompts import TextBank
 from vlmedit.networks.sharding import DTensor, Whole, wanted
 from vlmedit.pipelines.export import save_student
 from vlmedit.pipelines.shapes import quiet
+from vlmedit.seeds import rng_for, seed_torch
 from vlmedit.testing.tiny_data import PREFIX, made
 from vlmedit.training import engine
 from vlmedit.training.engine import EMA, Checkpoints, Optimizer, Run, Step, average_gradients

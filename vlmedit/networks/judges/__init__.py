@@ -47,7 +47,7 @@ from vlmedit.equations.judge_loss import clamp_through
 from vlmedit.networks.hub import reachable
 from vlmedit.networks.judge import JudgeModel
 from vlmedit.networks.sharding import is_sharded
-from vlmedit.networks.text import NO, YES, encode
+from vlmedit.world.tokenizer import NO, YES, encode
 
 Question = Sequence[str] | Tensor  # texts, or numbers (N, 1) in the judge's book
 WORDS = 96  # tokens kept free for the words of a question, when a context is checked for two pictures
