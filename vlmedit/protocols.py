@@ -80,3 +80,9 @@ class Method(Protocol):
 
     def save(self, state: dict[str, Tensor], folder: Path) -> None:
         """Write the result with these weights, and what belongs to it, into a folder of its own."""
+
+
+class Codec(Protocol): ...
+
+
+class Judge(Protocol): ...

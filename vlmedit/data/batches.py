@@ -55,3 +55,9 @@ class PairedBatch(Batch):
     instruction: Tensor  # (B, L) ids
     target: Tensor  # (B, 3, S, S): what the no-pair trainer never sees
     types: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ReadingBatch(Batch):
+    instruction: Tensor  # (B, L) ids
+    labels: Tensor  # (B, slots) what each asks for: indices from 1, 0 where a slot is not named

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlmedit.config import WorldConfig
 from vlmedit.data.batches import TEXT_LENGTH, Batch, UnpairedBatch
-from vlmedit.data.world import Example, batch_of_examples, draw_examples, references
+from vlmedit.data.world import Draw, Example, batch_of_examples, draw_examples, references, request_settings
 from vlmedit.seeds import rng_for
 from vlmedit.world.edits import Edit, ImpossibleEdit, apply_edit, check_edit, side_reached
 from vlmedit.world.language import instruct
@@ -79,3 +80,8 @@ def cycle_batch(batch: int, side: int, *seed, **which) -> CycleBatch:
     request = batch_of_examples(examples, references(examples, side, rng))
     words = [undoing(e, rng_for("inverse", *seed, i)) for i, e in enumerate(examples)]
     return CycleBatch(request, encode(words, TEXT_LENGTH), torch.tensor([float(bool(w)) for w in words]))
+
+
+def cycle_draw(world: WorldConfig) -> Draw:
+    """How a run's world draws its cycle batches."""
+    return lambda size, *key: cycle_batch(size, world.side, *key, **request_settings(world))

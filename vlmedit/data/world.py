@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmedit.data.batches import TEXT_LENGTH, CaptionedBatch, PairedBatch, UnpairedBatch
+from vlmedit.config import TrainConfig, WorldConfig
+from vlmedit.data.batches import TEXT_LENGTH, Batch, CaptionedBatch, PairedBatch, ReadingBatch, UnpairedBatch
 from vlmedit.data.requests import Request, batch_of
 from vlmedit.seeds import rng_for
 from vlmedit.world.edits import ALL_TYPES, Edit, ImpossibleEdit, apply_edit, sample_edit
@@ -112,29 +113,33 @@ def references(examples: Sequence[Example], side: int, rng: random.Random, jpeg_
     return images
 
 
-SETTLED_TYPES = ("recolor", "texture", "background", "move", "style")  # can be asked for when it is so already
+FULFILLABLE_TYPES = ("recolor", "texture", "background", "move", "style")  # can be asked for when it is so already
 
 
-def settle(example: Example, rng: random.Random) -> Example:
+def as_fulfilled(example: Example, rng: random.Random) -> Example:
     """The same request of a picture that fulfils it already, so that nothing is to be done."""
     scene = apply_edit(example.scene, example.edit, rng)
     return Example(scene, Edit("nothing"), instruct(example.edit, scene, rng))
 
 
-def draw_examples(batch: int, rng: random.Random, *seed, kinds=None, pool: int | None = None, settled: float = 0.0) -> list[Example]:
-    """The requests of one batch. `pool` limits the data to that many distinct examples, drawn with replacement (for data
-    studies); the first part of the seed, a run's own, says which. `settled` is the share that asks for what is so already,
+def draw_examples(batch: int, rng: random.Random, *seed, kinds=None, request_limit: int | None = None, fulfilled_share: float = 0.0) -> list[Example]:
+    """The requests of one batch. `request_limit` limits the data to that many distinct examples, drawn with replacement (for data
+    studies); the first part of the seed, a run's own, says which. `fulfilled_share` is the share that asks for what is so already,
     and is then a "do nothing" in the words of a real request."""
     kinds = kinds or EDIT_SHARES
-    if pool is None:
+    if request_limit is None:
         examples = [sample_example(rng, kinds) for _ in range(batch)]
     else:
-        examples = [sample_example(rng_for("pool", *seed[:1], rng.randrange(pool)), kinds) for _ in range(batch)]
-    return [settle(e, rng) if settled and e.edit.type in SETTLED_TYPES and rng.random() < settled else e for e in examples]
+        examples = [sample_example(rng_for("pool", *seed[:1], rng.randrange(request_limit)), kinds) for _ in range(batch)]
+    found = []
+    for e in examples:
+        fulfilled = fulfilled_share and e.edit.type in FULFILLABLE_TYPES and rng.random() < fulfilled_share
+        found.append(as_fulfilled(e, rng) if fulfilled else e)
+    return found
 
 
 def unpaired_batch(batch: int, side: int, *seed, **which) -> UnpairedBatch:
-    """Requests without targets; `which` of them is said as to `draw_examples`: `kinds`, `pool`, `settled`."""
+    """Requests without targets; `which` of them is said as to `draw_examples`: `kinds`, `request_limit`, `fulfilled_share`."""
     rng = rng_for("unpaired", *seed)
     examples = draw_examples(batch, rng, *seed, **which)
     return batch_of_examples(examples, references(examples, side, rng))
@@ -160,12 +165,12 @@ SLOTS = {
 }  # fmt: skip
 
 
-def reading_batch(batch: int, *seed) -> tuple[Tensor, Tensor]:
-    """Instructions (B, L) ids and what they ask for: (B, slots) indices from 1, 0 where a slot is not named. No pictures."""
+def reading_batch(batch: int, *seed) -> ReadingBatch:
+    """Instructions and what they ask for. No pictures."""
     rng = rng_for("reading", *seed)
     examples = [sample_example(rng, ALL_TYPES) for _ in range(batch)]
     labels = [[_number(words, getattr(e.edit, slot)) for slot, words in SLOTS.items()] for e in examples]
-    return encode([e.instruction for e in examples], TEXT_LENGTH), torch.tensor(labels)
+    return ReadingBatch(encode([e.instruction for e in examples], TEXT_LENGTH), torch.tensor(labels))
 
 
 def _number(words: Sequence[str], word: str | None) -> int:
@@ -186,3 +191,47 @@ def held_out(n: int, seed: int, kinds: Sequence[str]) -> list[Example]:
     """The evaluation set: `n` requests, edit types in turn, from a stream no trainer draws from."""
     rng = rng_for(HELD_OUT, seed)
     return [sample_example(rng, (kinds[i % len(kinds)],)) for i in range(n)]
+
+
+def shares(world: WorldConfig) -> dict[str, float]:
+    """How often each edit type is drawn, relative to the others."""
+    return {kind: share * (2 if kind in world.emphasis else 1) for kind, share in TASKS[world.task].items()}
+
+
+def request_settings(world: WorldConfig) -> dict:
+    """Which requests a run draws, as `draw_examples` takes it."""
+    return {"kinds": shares(world), "request_limit": world.request_limit, "fulfilled_share": world.fulfilled_share}
+
+
+Draw = Callable[..., Batch]  # (samples, *seed) -> a batch
+
+
+class WorldData:
+    """The world as a trainer's data. `draws` adds kinds of batches that live elsewhere, or draws one in another way."""
+
+    def __init__(self, config: TrainConfig, draws: dict[type, Draw] | None = None):
+        self.seed, world = config.seed, config.data
+        self.draws: dict[type, Draw] = {
+            CaptionedBatch: lambda size, *key: captioned_batch(size, world.side, *key),
+            PairedBatch: lambda size, *key: paired_batch(size, world.side, *key),
+            ReadingBatch: reading_batch,
+            UnpairedBatch: lambda size, *key: unpaired_batch(size, world.side, *key, **request_settings(world)),
+            **(draws or {}),
+        }
+
+    def gives(self, kind: type) -> bool:
+        return kind in self.draws
+
+    def batches(self, kind: type, key: tuple, size: int, total: int, mine: Sequence[int]) -> Iterator[tuple[int, Batch]]:
+        index, *more = key
+        for number in mine:
+            yield number, self.draws[kind](size, self.seed, index, number, *more)
+
+    def labels(self, batch: UnpairedBatch) -> list[tuple[str, str]]:
+        return list(zip(batch.types, Words(TEXT_LENGTH).texts(batch.instruction), strict=True))
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass

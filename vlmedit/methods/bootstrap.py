@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from vlmedit.data.cycles import CycleBatch
+from vlmedit.data.cycles import CycleBatch, cycle_draw
 from vlmedit.data.world import WorldData
 from vlmedit.equations.cycle import direction, guided, prior_loss, route
 from vlmedit.errors import ConfigError
@@ -122,4 +122,4 @@ def train_bootstrap(config: BootstrapConfig, accelerator: Accelerator | None = N
     accelerator = begin(config, accelerator)
     load = lambda place: load_dit(place, accelerator.device)
     method = Bootstrap(config, load(config.student), load(config.student), load(config.teacher))
-    yield from train(method, WorldData(config), config, accelerator)
+    yield from train(method, WorldData(config, {CycleBatch: cycle_draw(config.data)}), config, accelerator)

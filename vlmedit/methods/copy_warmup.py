@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vlmedit.config import WORLD, BackboneConfig
-from vlmedit.data.batches import SLOTS, ReadingBatch, UnpairedBatch
+from vlmedit.data.batches import ReadingBatch, UnpairedBatch
+from vlmedit.data.world import SLOTS
 from vlmedit.errors import ConfigError
 from vlmedit.flow import flow_matching_loss, logit_normal_time
 from vlmedit.methods._base import drop_text

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from vlmedit.data.cycles import CycleBatch
+from vlmedit.data.cycles import CycleBatch, cycle_draw
 from vlmedit.data.world import WorldData
 from vlmedit.equations.cycle import adversarial_loss, copy_loss, critic_loss, cycle_loss
 from vlmedit.equations.dmd import draw_dmd_time
@@ -114,4 +114,4 @@ def train_cyclegan_turbo(config: CycleGANTurboConfig, accelerator: Accelerator |
     """Yield a `Step` per student update; the averaged student is saved to `out/model` at the end."""
     accelerator = begin(config, accelerator)
     method = CycleGANTurbo(config, load_dit(config.student, accelerator.device), load_dit(config.teacher, accelerator.device))
-    yield from train(method, WorldData(config), config, accelerator)
+    yield from train(method, WorldData(config, {CycleBatch: cycle_draw(config.data)}), config, accelerator)

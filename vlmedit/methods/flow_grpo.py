@@ -22,7 +22,16 @@ from torch import Tensor
 from vlmedit.config import TrainConfig
 from vlmedit.data.batches import UnpairedBatch
 from vlmedit.data.world import WorldData
-from vlmedit.equations.flow_grpo import POLICIES, Trajectory, clipped_objective, explore, group_advantage, log_probability, policy_kl, policy_means
+from vlmedit.equations.flow_grpo import (
+    POLICIES,
+    Trajectory,
+    clipped_objective,
+    explore,
+    group_advantage,
+    log_probability,
+    policy_kl,
+    policy_means,
+)
 from vlmedit.equations.judge_loss import judge_loss
 from vlmedit.errors import ConfigError
 from vlmedit.flow import Velocity, few_step_times

@@ -140,5 +140,5 @@ def train_judge(config: JudgeConfig, accelerator: Accelerator | None = None) -> 
     load = lambda folder: DiT.from_pretrained(folder).to(device).eval()
     softener = partial(soften, load(config.softener)) if config.softener else None
     editor = partial(practise, [load(folder) for folder in config.students]) if config.students else None
-    data = WorldData(config, lesson=partial(lesson, softener=softener, editor=editor))
-    yield from train(JudgeSchool(config, judge), data, config, accelerator)
+    draw = lambda size, *key: lesson(size, config.side, *key, softener=softener, editor=editor)
+    yield from train(JudgeSchool(config, judge), WorldData(config, {Lesson: draw}), config, accelerator)

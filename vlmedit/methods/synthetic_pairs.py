@@ -154,7 +154,7 @@ class SyntheticPairs(Base):
             reference, made = make_pairs(self.teacher, batch, c)
             fine = approved(self.judge, batch, reference, made, c.threshold)
             self.pool.add(reference[fine], batch.instruction[fine], made[fine])
-            return {"kept": fine.float().mean().item(), "pairs": float(len(self.pool)), "teacher_calls": teacher_calls(c), "calls": 0}
+            return {"kept": fine.float().mean().item(), "pairs": len(self.pool), "teacher_calls": teacher_calls(c), "calls": 0}
         memory["pairs"] = pairs = self.pool.draw(c.batch)
         loss = paired_loss(self.student, pairs, c.time_shift)
         loss.backward()

@@ -97,7 +97,8 @@ class Run:
             self.checkpoints.register(name, trained.module, self.optimizers[name], self.averages.get(name))
         for name, module in method.kept.items():
             self.checkpoints.register(name, module)
-        self.checkpoints.optimizers["data"] = data
+        if data.state_dict():
+            self.checkpoints.optimizers["data"] = data
         self.trackers: Trackers | None = None
         self.spent: dict[str, float] = {}
         self.streams: dict[int, tuple] = {}

@@ -50,3 +50,7 @@ class Words:
     def empty(self, ids: Tensor) -> Tensor:
         """The unconditional prompt in the shape of `ids`: padding alone."""
         return torch.zeros_like(ids)
+
+    def texts(self, ids: Tensor) -> list[str]:
+        """The words again."""
+        return build_tokenizer().batch_decode(ids, skip_special_tokens=True)
