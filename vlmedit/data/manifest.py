@@ -18,7 +18,7 @@ from __future__ import annotations
 import io
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -193,33 +193,43 @@ class Order:
         self.drawn, self.places, self.waiting = state["drawn"], dict(state["places"]), {k: list(v) for k, v in state["waiting"].items()}
 
 
-class Feed:
-    """Batches of one process. `parts` numbers the batches of an update: (number over all processes, batch)."""
+class ManifestData:
+    """The rows of a manifest as a trainer's data. `prompts` and `questions` turn words into ids."""
 
-    def __init__(self, rows: Sequence[Row], config, prompts: Book, questions: Book, rank: int = 0, world: int = 1, device=None):
-        self.rows, self.config, self.prompts, self.questions = rows, config, prompts, questions
-        self.rank, self.world, self.device = rank, world, device
+    def __init__(self, rows: Sequence[Row], config: TrainConfig, prompts: Prompts, questions: Prompts):
+        self.rows, self.config, self.settings, self.prompts, self.questions = rows, config, config.data, prompts, questions
         self._buckets: dict[int, int] = {}
-        self.order = Order([r.request.type for r in rows], self.bucket, config.batch, config.type_shares, config.seed)
+        self.order = Order([r.request.type for r in rows], self.bucket, config.batch, self.settings.type_shares, config.seed)
 
     def bucket(self, row: int) -> int:
         if row not in self._buckets:
-            self._buckets[row] = nearest(picture_size(self.rows[row].image), self.config.sizes)
+            self._buckets[row] = nearest(picture_size(self.rows[row].image), self.settings.sizes)
         return self._buckets[row]
 
-    def parts(self, *key) -> list[tuple[int, UnpairedBatch]]:
-        """This process's batches of the next update; `key` seeds what is random within them."""
-        plan = [self.order.next() for _ in range(self.config.accumulate * self.world)]
-        mine = range(self.rank, len(plan), self.world)
-        return [(number, self.load(*plan[number], rng_for("rows", self.config.seed, *key, number))) for number in mine]
+    def gives(self, kind: type) -> bool:
+        return kind is UnpairedBatch
+
+    def batches(self, kind: type, key: tuple, size: int, total: int, mine: Sequence[int]) -> Iterator[tuple[int, UnpairedBatch]]:
+        plan = [self.order.next() for _ in range(total)]
+        for number in mine:
+            yield number, self.load(*plan[number], rng_for("rows", self.config.seed, *key, number))
 
     def load(self, bucket: int, rows: Sequence[int], rng: random.Random) -> UnpairedBatch:
         """These rows at the size of their bucket, `nothing_share` of them as "do nothing", `flip` of them mirrored."""
-        requests, pictures = [], []
+        settings, requests, pictures = self.settings, [], []
         for row in (self.rows[i] for i in rows):
-            request = nothing_of(row.request, rng) if rng.random() < self.config.nothing_share else row.request
-            picture = load_fitted(row.image, self.config.sizes[bucket])
-            mirror = rng.random() < self.config.flip and not SIDES.search(f"{request.instruction} {request.target_caption}")
+            request = nothing_of(row.request, rng) if rng.random() < settings.nothing_share else row.request
+            picture = load_fitted(row.image, settings.sizes[bucket])
+            mirror = rng.random() < settings.flip and not SIDES.search(f"{request.instruction} {request.target_caption}")
             pictures.append(picture.flip(-1) if mirror else picture)
             requests.append(request)
-        return batch_of(requests, torch.stack(pictures), self.prompts, self.questions, self.config.questions).to(self.device)
+        return batch_of(requests, torch.stack(pictures), self.prompts, self.questions, settings.questions)
+
+    def labels(self, batch: UnpairedBatch) -> list[tuple[str, str]]:
+        return list(zip(batch.types, self.prompts.look_up(batch.instruction), strict=True))
+
+    def state_dict(self) -> dict:
+        return self.order.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.order.load_state_dict(state)

@@ -228,7 +228,7 @@ class WorldData:
             yield number, self.draws[kind](size, self.seed, index, number, *more)
 
     def labels(self, batch: UnpairedBatch) -> list[tuple[str, str]]:
-        return list(zip(batch.types, Words(TEXT_LENGTH).texts(batch.instruction), strict=True))
+        return list(zip(batch.types, Words(TEXT_LENGTH).look_up(batch.instruction), strict=True))
 
     def state_dict(self) -> dict:
         return {}

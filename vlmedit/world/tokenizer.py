@@ -51,6 +51,6 @@ class Words:
         """The unconditional prompt in the shape of `ids`: padding alone."""
         return torch.zeros_like(ids)
 
-    def texts(self, ids: Tensor) -> list[str]:
+    def look_up(self, ids: Tensor) -> list[str]:
         """The words again."""
         return build_tokenizer().batch_decode(ids, skip_special_tokens=True)
