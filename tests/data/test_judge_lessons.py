@@ -7,22 +7,8 @@ import pytest
 import torch
 
 from vlmedit.data import judge_lessons as schooling
-from vlmedit.data.judge_lessons import (
-    BARE,
-    RUINED,
-    SHARES,
-    SOILED,
-    SPOTLESS,
-    STAIN,
-    Clarity,
-    answer_ids,
-    blotch,
-    clarity,
-    lesson,
-    mistakable,
-    own_work,
-    soil,
-)
+from vlmedit.data.judge_lessons import SHARES, answer_ids, lesson
+from vlmedit.data.lesson_pictures import BARE, RUINED, SOILED, SPOTLESS, STAIN, Clarity, blotch, clarity, mistakable, own_work, soil
 from vlmedit.data.world import Example, sample_example
 from vlmedit.methods.judge import practise, soften
 from vlmedit.world.edits import EDIT_TYPES, Edit, apply_edit

@@ -84,7 +84,8 @@ def target_of(example: Example, rng: random.Random) -> Scene:
 
 
 def ground(scenes: list[Scene], grid: int) -> Tensor:
-    """What each patch shows: (B, grid * grid, 3) indices of shape, color and texture, counted from 1; 0 is background."""
+    """What each patch shows: (B, grid * grid, 3) indices of shape, color and texture, counted from 1; 0 is
+    background."""
     labels = torch.zeros(len(scenes), grid, grid, 3, dtype=torch.long)
     center = (torch.arange(grid) + 0.5) / grid
     for b, scene in enumerate(scenes):
@@ -122,9 +123,9 @@ def settle(example: Example, rng: random.Random) -> Example:
 
 
 def draw_examples(batch: int, rng: random.Random, *seed, kinds=None, pool: int | None = None, settled: float = 0.0) -> list[Example]:
-    """The requests of one batch. `pool` limits the data to that many distinct examples, drawn with replacement (for data
-    studies); the first part of the seed, a run's own, says which. `settled` is the share that asks for what is so already,
-    and is then a "do nothing" in the words of a real request."""
+    """The requests of one batch. `pool` limits the data to that many distinct examples, drawn with replacement (for
+    data studies); the first part of the seed, a run's own, says which. `settled` is the share that asks for what is so
+    already, and is then a "do nothing" in the words of a real request."""
     kinds = kinds or EDIT_SHARES
     if pool is None:
         examples = [sample_example(rng, kinds) for _ in range(batch)]
@@ -161,7 +162,8 @@ SLOTS = {
 
 
 def reading_batch(batch: int, *seed) -> tuple[Tensor, Tensor]:
-    """Instructions (B, L) ids and what they ask for: (B, slots) indices from 1, 0 where a slot is not named. No pictures."""
+    """Instructions (B, L) ids and what they ask for: (B, slots) indices from 1, 0 where a slot is not named. No
+    pictures."""
     rng = rng_for("reading", *seed)
     examples = [sample_example(rng, ALL_TYPES) for _ in range(batch)]
     labels = [[_number(words, getattr(e.edit, slot)) for slot, words in SLOTS.items()] for e in examples]
