@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vlmedit.data.batches import TEXT_LENGTH, Batch
+from vlmedit.data.batches import TEXT_LENGTH, Lesson
 from vlmedit.data.lesson_pictures import (
     RUINED,
     SOILED,
@@ -38,7 +38,7 @@ from vlmedit.world.edits import ALL_TYPES, EDIT_TYPES, Edit, ImpossibleEdit, app
 from vlmedit.world.language import DESCRIBE, PRESENCE, Question, caption, edit_question, identity_question, instruct
 from vlmedit.world.render import render
 from vlmedit.world.scene import SHAPES, Scene, sample_scene
-from vlmedit.world.tokenizer import END, NO, PAD, YES, build_tokenizer, encode
+from vlmedit.world.tokenizer import END, PAD, build_tokenizer, encode
 from vlmedit.world.verdict import edit_done, rest_kept
 
 SHARES = {"right": 0.30, "same": 0.12, "collateral": 0.22, "wrong": 0.18, "drifted": 0.12, "other": 0.06}
@@ -46,24 +46,6 @@ KIND_SHARES = {k: 1.0 for k in ALL_TYPES} | {"remove": 1.5, "replace": 1.5, "mov
 BLOTCH_SHARE = 0.12  # of the pictures that no generator drew
 OWN_SHARE = 0.3  # of the pictures, where there are students: a student's own work; twice as many of moves
 SOFT_SHARE = 0.4  # of the pictures, where there is a softener: redrawn by a generator, as a student would draw them
-
-
-@dataclass(frozen=True)
-class Lesson(Batch):
-    """P pairs with Q questions each (P * Q rows, pair-major), and S single-picture rows."""
-
-    reference: Tensor  # (P, 3, S, S)
-    output: Tensor  # (P, 3, S, S)
-    questions: Tensor  # (P * 4, L) ids about both pictures; rows of removals' edit questions are in `single`
-    answers: Tensor  # (P * 4,) 1 yes, 0 no, -1 not asked
-    single_questions: Tensor  # (P * 3, L) ids about the output alone
-    single_answers: Tensor  # (P * 3,)
-    caption: Tensor  # (P, L) request and caption of the output
-    caption_labels: Tensor  # (P, L) next tokens, -100 where not asked
-    ground_reference: Tensor  # (P, (S / 4)^2, 3) shape, color, texture per patch, 0 nothing, -100 not asked
-    ground_output: Tensor
-    kinds: tuple[str, ...]
-    types: tuple[str, ...]
 
 
 def _drift(scene: Scene, rng: random.Random) -> Scene:
@@ -292,10 +274,3 @@ def lesson(pairs: int, side: int, *seed, softener: Softener | None = None, edito
         kinds=tuple(kinds),
         types=tuple(e.edit.type for e in examples),
     )
-
-
-def answer_ids(answers: Tensor) -> Tensor:
-    """Token ids of yes and no for 1 and 0, -100 where nothing was asked."""
-    tokenizer = build_tokenizer()
-    yes, no = tokenizer.convert_tokens_to_ids(YES), tokenizer.convert_tokens_to_ids(NO)
-    return torch.where(answers < 0, -100, torch.where(answers > 0, yes, no))

@@ -22,10 +22,10 @@ from vlmedit import flow
 from vlmedit.data.batches import TEXT_LENGTH
 from vlmedit.data.judge_lessons import lesson
 from vlmedit.data.world import Example, held_out
+from vlmedit.equations.adversarial import attack, yes_no_losses
 from vlmedit.equations.judge_loss import answer_logits
 from vlmedit.equations.search import SEARCHES, Loss, Query
 from vlmedit.evaluation.statistics import calibration_error
-from vlmedit.methods.judge import attack, yes_no_losses
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judge import JudgeModel
 from vlmedit.seeds import rng_for
