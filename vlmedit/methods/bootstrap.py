@@ -24,7 +24,8 @@ from torch import Tensor
 
 from vlmedit.config import BootstrapConfig
 from vlmedit.data.cycles import CycleBatch, cycle_batch
-from vlmedit.equations.cycle import direction, guided, prior_loss, route
+from vlmedit.equations.cycle import direction, prior_loss, route
+from vlmedit.equations.training_free import guided
 from vlmedit.flow import few_step_times, flow_matching_loss, interpolate, logit_normal_time, sample, to_x0
 from vlmedit.networks.dit import DiT
 from vlmedit.training.engine import EMA, Optimizer, Run, Step

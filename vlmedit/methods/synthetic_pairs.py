@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from vlmedit.config import SyntheticConfig
 from vlmedit.data.batches import TEXT_LENGTH, UnpairedBatch
 from vlmedit.data.world import unpaired_batch
-from vlmedit.equations.cycle import guided
 from vlmedit.equations.judge_loss import judge_loss
-from vlmedit.equations.training_free import EDITORS, calls
+from vlmedit.equations.training_free import EDITORS, calls, guided
 from vlmedit.flow import few_step_times, flow_matching_loss, logit_normal_time, sample
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judge import JudgeModel
