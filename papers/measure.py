@@ -28,7 +28,9 @@ RESULTS = HERE / "results"
 sys.path.insert(0, str(HERE.parent / "tests"))  # the foreign drawings live with the tests
 
 from vlmedit.config import DistillConfig, SFTConfig  # noqa: E402
-from vlmedit.evaluation.editing import evaluate_judge, evaluate_student, evaluate_teacher, judge_against_oracle  # noqa: E402
+from vlmedit.evaluation.editing import evaluate_student, judge_against_oracle  # noqa: E402
+from vlmedit.evaluation.judge import evaluate_judge  # noqa: E402
+from vlmedit.evaluation.teacher import evaluate_teacher  # noqa: E402
 from vlmedit.experiments import study  # noqa: E402
 from vlmedit.methods.distill import train_distill  # noqa: E402
 from vlmedit.methods.npedit import train_npedit  # noqa: E402
@@ -114,7 +116,8 @@ def measure_live(args) -> None:
 def measure_strip(args) -> None:
     """README's strip of pictures: the first held-out edits, one of each type."""
     from vlmedit.data.world import held_out
-    from vlmedit.evaluation.editing import ask_judge, edit_examples, judge_by_oracle
+    from vlmedit.evaluation.editing import edit_examples, judge_by_oracle
+    from vlmedit.evaluation.judge import ask_judge
     from vlmedit.figures import strip, wrap
     from vlmedit.world.edits import EDIT_TYPES
 

@@ -1,6 +1,7 @@
 """Random streams that depend on nothing but the parts of their name, such as ("unpaired", seed, update, number).
 
-A training run that draws everything anew from its seed and its position has no data position to lose, and resumes exactly.
+A training run that draws everything anew from its seed and its position has no data position to lose, and resumes
+exactly.
 """
 
 from __future__ import annotations

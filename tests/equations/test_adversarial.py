@@ -8,7 +8,7 @@ from helpers.tiny_models import SIDE, tiny_judge
 
 from vlmedit.data.judge_lessons import lesson
 from vlmedit.data.world import ground
-from vlmedit.methods.judge import attack, yes_no_losses
+from vlmedit.equations.adversarial import attack, yes_no_losses
 from vlmedit.networks.judge import ground_loss
 from vlmedit.seeds import rng_for
 from vlmedit.world.render import render

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from vlmedit.cli import main
 from vlmedit.config import ConfigError
 from vlmedit.data.world import held_out
-from vlmedit.evaluation.editing import ask_judge, edit_examples
+from vlmedit.evaluation.editing import edit_examples
+from vlmedit.evaluation.judge import ask_judge
 from vlmedit.experiments import study
 from vlmedit.experiments.study import cells, costs, tables
 from vlmedit.io import InputError

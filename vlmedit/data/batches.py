@@ -4,6 +4,7 @@
 * `UnpairedBatch`: the no-pair path. A reference, an instruction, a target *caption*, and two questions: no field could
   hold a target image, and a test says so.
 * `PairedBatch`: reference, instruction and exact target, for the paired rivals alone.
+* `Lesson`: pairs of pictures, questions about them and the right answers, for the judge's school.
 
 Shapes: pictures (B, 3, S, S) in [-1, 1]; texts (B, L) ids, of words or of rows in a table of encoded prompts.
 """
@@ -58,6 +59,24 @@ class PairedBatch(Batch):
 
 
 @dataclass(frozen=True)
+<<<<<<< HEAD
 class ReadingBatch(Batch):
     instruction: Tensor  # (B, L) ids
     labels: Tensor  # (B, slots) what each asks for: indices from 1, 0 where a slot is not named
+=======
+class Lesson(Batch):
+    """P pairs with Q questions each (P * Q rows, pair-major), and S single-picture rows."""
+
+    reference: Tensor  # (P, 3, S, S)
+    output: Tensor  # (P, 3, S, S)
+    questions: Tensor  # (P * 4, L) ids about both pictures; rows of removals' edit questions are in `single`
+    answers: Tensor  # (P * 4,) 1 yes, 0 no, -1 not asked
+    single_questions: Tensor  # (P * 3, L) ids about the output alone
+    single_answers: Tensor  # (P * 3,)
+    caption: Tensor  # (P, L) request and caption of the output
+    caption_labels: Tensor  # (P, L) next tokens, -100 where not asked
+    ground_reference: Tensor  # (P, (S / 4)^2, 3) shape, color, texture per patch, 0 nothing, -100 not asked
+    ground_output: Tensor
+    kinds: tuple[str, ...]
+    types: tuple[str, ...]
+>>>>>>> structure

@@ -1,11 +1,12 @@
 """Requests and their undoing in words, for the unpaired rivals that ask a student for an edit, then for its inverse.
 
-The inverse is an instruction too: where the reference's circle was blue, "make the circle red" is undone by "make the circle
-blue"; what was added is removed, what was removed added. A removal's inverse does not say where the thing was, and a move from
-the middle of a picture has none: words cannot undo everything, and such rows have no cycle (`reversible` 0).
+The inverse is an instruction too: where the reference's circle was blue, "make the circle red" is undone by "make the
+circle blue"; what was added is removed, what was removed added. A removal's inverse does not say where the thing was,
+and a move from the middle of a picture has none: words cannot undo everything, and such rows have no cycle
+(`reversible` 0).
 
-No picture of the scene after the edit is ever rendered: `CycleBatch` holds the reference and words, as the no-pair path's batch
-does. Shapes: pictures (B, 3, S, S) in [-1, 1]; ids (B, L).
+No picture of the scene after the edit is ever rendered: `CycleBatch` holds the reference and words, as the no-pair
+path's batch does. Shapes: pictures (B, 3, S, S) in [-1, 1]; ids (B, L).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Requests in words, as numbers: prompts, the judge's questions, and the batch that `NPEdit` takes.
 
-A batch carries no words but ids, and `Prompts` makes them. In the world of shapes they are the words themselves. A real text
-encoder is larger than the student, so every prompt is encoded once, before training, and a batch carries row numbers. Row 0 of
-a `Book` is the prompt of the unconditional score (empty, or a negative prompt): the world's all-padding caption, so
-`vlmedit.equations.dmd` guides real models unchanged.
+A batch carries no words but ids, and `Prompts` makes them. In the world of shapes they are the words themselves. A real
+text encoder is larger than the student, so every prompt is encoded once, before training, and a batch carries row
+numbers. Row 0 of a `Book` is the prompt of the unconditional score (empty, or a negative prompt): the world's
+all-padding caption, so `vlmedit.equations.dmd` guides real models unchanged.
 
 Questions: the released templates in our words, one pair for removals and one for everything else
 [npedit critic_models/prompts.py]; the judge of the world of shapes has been schooled on its own (`QUESTIONS`).
@@ -64,7 +64,8 @@ class Request:
 
 
 def shape_questions(request: Request) -> Asked:
-    """As `Request.questions`, in the world's own words. Raises UnknownInstruction for an instruction that is not of its grammar."""
+    """As `Request.questions`, in the world's own words. Raises UnknownInstruction for an instruction that is not of its
+    grammar."""
     text = normalise(request.instruction)
     edit = parse_instruction(text)
     asked = edit_question(edit, text)
@@ -116,8 +117,9 @@ class Book:
 def batch_of(
     requests: Sequence[Request], reference: Tensor, prompts: Prompts, questions: Prompts, wording: str = "released"
 ) -> UnpairedBatch:
-    """These requests of these pictures, in whatever way `prompts` turns instructions and captions into ids, and `questions`
-    the judge's questions, asked in a `wording` of `QUESTIONS`. Raises ValueError unless there is one picture per request."""
+    """These requests of these pictures, in whatever way `prompts` turns instructions and captions into ids, and
+    `questions` the judge's questions, asked in a `wording` of `QUESTIONS`. Raises ValueError unless there is one
+    picture per request."""
     if len(requests) != len(reference):
         raise ValueError(f"{len(requests)} requests of {len(reference)} pictures; there must be one picture each")
     asked = [QUESTIONS[wording](r) for r in requests]

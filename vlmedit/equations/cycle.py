@@ -4,8 +4,8 @@
     softplus(-D(x_t, c*))                                         adversary: pictures with captions, real or the student's
     |y + (mu(z_t, c*) - mu(y_t, c_y)) - mu_theta(z_t, y, c)|^2     direction prior [Bootstrap Your Generator, arXiv:2606.03911]
 
-A cycle asks a student for an edit and then for its inverse, and wants the reference back; `data.cycles` has the words for it.
-Shapes: pictures (B, 3, S, S) in [-1, 1]; ids (B, L).
+A cycle asks a student for an edit and then for its inverse, and wants the reference back; `data.cycles` has the words
+for it. Shapes: pictures (B, 3, S, S) in [-1, 1]; ids (B, L).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmedit.equations.matching import log_ratio
-from vlmedit.flow import Velocity, guide, interpolate, to_x0
+from vlmedit.flow import Velocity, interpolate, to_x0
 
 # what both rivals pay for
 
@@ -34,8 +34,9 @@ def copy_loss(output: Tensor, reference: Tensor, nothing: Tensor) -> Tensor:
 
 
 def critic_loss(critic: nn.Module, output: Tensor, captions: Tensor, real: Tensor, real_captions: Tensor, t: Tensor, eps: Tensor, mismatch: float = 0.0) -> Tensor:
-    """Cross-entropy of a critic of noised pictures with captions: true are references with theirs, false the student's pictures with the
-    captions they should fulfill, and, weighted by `mismatch`, references with the next row's caption [arXiv:1605.05396]."""
+    """Cross-entropy of a critic of noised pictures with captions: true are references with theirs, false the student's
+    pictures with the captions they should fulfill, and, weighted by `mismatch`, references with the next row's caption
+    [arXiv:1605.05396]."""
     score = lambda x, text: log_ratio(critic, interpolate(x, eps, t), t, text)[0]
     false = F.softplus(score(output.detach(), captions)).mean()
     if mismatch:
@@ -55,9 +56,10 @@ def adversarial_loss(critic: nn.Module, output: Tensor, captions: Tensor, t: Ten
 
 @torch.no_grad()  # the direction is a constant of the student's loss
 def direction(source: Velocity, target: Velocity, y: Tensor, z: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """Where the frozen model would move the reference: its clean estimate of the noised pseudo-target z under the target caption, minus
-    that of the reference y under the same noise and its own caption. At z = y that is FlowEdit's first step; where z is the right edit,
-    both estimates err alike and the direction is z - y, so that a finished edit is left alone."""
+    """Where the frozen model would move the reference: its clean estimate of the noised pseudo-target z under the
+    target caption, minus that of the reference y under the same noise and its own caption. At z = y that is FlowEdit's
+    first step; where z is the right edit, both estimates err alike and the direction is z - y, so that a finished edit
+    is left alone."""
     z_t, y_t = interpolate(z, eps, t), interpolate(y, eps, t)
     return to_x0(z_t, target(z_t, t), t) - to_x0(y_t, source(y_t, t), t)
 
@@ -68,11 +70,6 @@ def prior_loss(estimate: Tensor, reference: Tensor, towards: Tensor) -> Tensor:
 
 
 def route(clean: Tensor, estimate: Tensor) -> Tensor:
-    """The value of `clean`, sampled without a graph, the gradient of `estimate`, made from a noisy state: straight through."""
+    """The value of `clean`, sampled without a graph, the gradient of `estimate`, made from a noisy state: straight
+    through."""
     return clean.detach() + estimate - estimate.detach()
-
-
-def guided(model: nn.Module, ids: Tensor, w: float = 1.0) -> Velocity:
-    """A frozen text-to-image model's flow under caption ids, guided against the empty caption."""
-    text, empty = model.encode_text(ids), model.encode_text(torch.zeros_like(ids))
-    return lambda x, t: model(x, t, text) if w == 1 else guide(model(x, t, text), model(x, t, empty), w)

@@ -2,31 +2,36 @@
 
     sdedit:    x at `start` = (1 - start) y + start eps, then the flow under the target caption                   [arXiv:2108.01073]
     inversion: the flow backwards from y to `start` under the source caption, then forwards under the target's    [arXiv:2010.02502, Eq. 14]
-               Each backward step solves x_t = x_s + (t - s) v(x_t, t) by fixed-point iteration: with enough of them it undoes the
+               Each backward step solves x_t = x_s + (t - s) v(x_t, t) by fixed-point iteration: with enough of them it
+               undoes the
                sampler's Euler step exactly; one iteration is DDIM inversion                                      [arXiv:2403.14602]
-    flowedit:  dz = E_eps[v(z + y_t - y, t, target) - v(y_t, t, source)] dt, y_t = (1 - t) y + t eps, from z = y  [arXiv:2412.08629]
+    flowedit:  dz = E_eps[v(z + y_t - y, t, target) - v(y_t, t, source)] dt, y_t = (1 - t) y + t eps, from z = y
+    [arXiv:2412.08629]
 
 They ask for two captions where a trained editor asks for an instruction, and for many guided calls where it makes four.
-Shapes: pictures (B, 3, S, S); velocities (x, t) -> v as in flow.py. Measures and no trainer: the reference's caption is the scene's.
+Shapes: pictures (B, 3, S, S); velocities (x, t) -> v as in flow.py. The reference's caption is given with it.
 Deviates: `flowedit` integrates to t = 0 (n_min = 0), as its authors do by default.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vlmedit.data.batches import TEXT_LENGTH
-from vlmedit.data.world import Example
 from vlmedit.flow import Velocity, few_step_times, guide, interpolate, sample, step_euler
-from vlmedit.networks.dit import DiT
-from vlmedit.world.edits import apply_edit
-from vlmedit.world.language import caption
-from vlmedit.world.render import render
-from vlmedit.world.tokenizer import encode
+
+
+def guided(teacher: nn.Module, ids: Tensor, w: float = 1.0) -> Velocity:
+    """A frozen text-to-image model's flow under caption ids (B, L), guided against the empty caption."""
+    text, empty = teacher.encode_text(ids), teacher.encode_text(torch.zeros_like(ids))
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        v = teacher(x, t, text)
+        return v if w == 1 else guide(v, teacher(x, t, empty), w)
+
+    return velocity
 
 
 def times_below(start: float, steps: int) -> tuple[float, ...]:
@@ -86,34 +91,3 @@ def calls(editor: str, steps: int = 15, iterations: int = 3, average: int = 1, g
     """Network calls on one picture; a guided velocity takes two."""
     forth, back = (2 if w != 1 else 1 for w in (guidance, source_guidance))
     return steps * {"sdedit": forth, "inversion": forth + iterations * back, "flowedit": average * (forth + back)}[editor]
-
-
-@torch.no_grad()
-def edit_by_captions(
-    teacher: DiT, examples: Sequence[Example], editor: str, seed: int = 0, guidance: float = 2.0, source_guidance: float = 1.0, batch: int = 64, **settings
-) -> tuple[Tensor, Tensor]:
-    """References and outputs (N, 3, S, S) on held-out requests. Raises ValueError for an unknown editor."""
-    if editor not in EDITORS:
-        raise ValueError(f"unknown editor {editor!r}; known: {', '.join(EDITORS)}")
-    side, device, generator = teacher.config.side, next(teacher.parameters()).device, torch.Generator().manual_seed(seed)
-    references, outputs = [], []
-    for i in range(0, len(examples), batch):
-        part = examples[i : i + batch]
-        y = render([e.scene for e in part], side).to(device)
-        words = [caption(e.scene) for e in part], [caption(apply_edit(e.scene, e.edit, random.Random(0))) for e in part]
-        flows = [guided(teacher, texts, w) for texts, w in zip(words, (source_guidance, guidance))]
-        outputs.append(EDITORS[editor](*flows, y, generator=generator, **settings).clamp(-1, 1).cpu())
-        references.append(y.cpu())
-    return torch.cat(references), torch.cat(outputs)
-
-
-def guided(teacher: DiT, texts: list[str], w: float) -> Velocity:
-    """The teacher's flow under captions, guided against the empty one."""
-    ids = encode(texts, TEXT_LENGTH).to(next(teacher.parameters()).device)
-    text, empty = teacher.encode_text(ids), teacher.encode_text(torch.zeros_like(ids))
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        v = teacher(x, t, text)
-        return v if w == 1 else guide(v, teacher(x, t, empty), w)
-
-    return velocity

@@ -31,7 +31,8 @@ def live_config(tier: str = "laptop", out: str = "runs/main", **overrides) -> NP
 
 def report(config: NPEditConfig, tier: str = "laptop") -> dict:
     """Evaluate the warm start, the live editor and the shipped editor by the oracle; write `metrics.json` and `edits.png`."""
-    from vlmedit.evaluation.editing import ask_judge, evaluate_student
+    from vlmedit.evaluation.editing import evaluate_student
+    from vlmedit.evaluation.judge import ask_judge
     from vlmedit.figures import strip, wrap
     from vlmedit.networks.dit import DiT
     from vlmedit.networks.judge import JudgeModel

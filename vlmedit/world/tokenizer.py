@@ -39,7 +39,8 @@ def encode(texts: list[str], length: int, tokenizer: PreTrainedTokenizerFast | N
 
 @dataclass(frozen=True)
 class Words:
-    """Texts as ids of their words, in rows of one `length`: the prompts of a network that has a text encoder of its own."""
+    """Texts as ids of their words, in rows of one `length`: the prompts of a network that has a text encoder of its
+    own."""
 
     length: int
 

@@ -61,7 +61,7 @@ def schooled(size: str, updates: int = 1500, watched: int = 1, editor: Mapping =
 ALONE = dict(dmd_weight=0.0)  # judge only
 
 
-# How a model is used: settings of `evaluate.evaluate_student`, or with an `editor` of `training_free.edit_by_captions`.
+# How a model is used: settings of `editing.evaluate_student`, or with an `editor` of `editing.edit_by_captions`.
 WAYS = {
     "1 step": dict(steps=1),
     "2 steps": dict(steps=2),

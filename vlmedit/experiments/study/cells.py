@@ -76,15 +76,16 @@ def use(model, judges: Sequence, held_out_judge, n: int, seed: int, shift: float
     """Oracle metrics of a model used in one way, on the first `n` held-out requests, what its own judges think of them (on average) and the
     held-out one, and its calls and CPU-seconds per edit. `seed` is of an untrained editor's noise; trained ones differ by their training."""
     from vlmedit.data.world import held_out
-    from vlmedit.equations import training_free
-    from vlmedit.evaluation.editing import ask_judge, evaluate_student, judge_by_oracle, summary
+    from vlmedit.equations.training_free import calls as calls_of_editor
+    from vlmedit.evaluation.editing import edit_by_captions, evaluate_student, judge_by_oracle, summary
+    from vlmedit.evaluation.judge import ask_judge
     from vlmedit.world.edits import EDIT_TYPES
 
     began = time.process_time()
     if "editor" in way:
         way, examples = {"guidance": 2.0, **way}, held_out(n, 0, EDIT_TYPES)
-        judged = judge_by_oracle(examples, *training_free.edit_by_captions(model, examples, seed=seed, **way))
-        metrics, calls = summary(judged, *judges) | {"n": n}, training_free.calls(**way)
+        judged = judge_by_oracle(examples, *edit_by_captions(model, examples, seed=seed, **way))
+        metrics, calls = summary(judged, *judges) | {"n": n}, calls_of_editor(**way)
     else:
         metrics, judged = evaluate_student(model, judges[0], n, 0, shift=shift, others=judges[1:], **way)
         searched = {k: v for k, v in way.items() if k not in ("steps", "sampler", "search")}
