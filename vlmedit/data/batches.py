@@ -59,11 +59,12 @@ class PairedBatch(Batch):
 
 
 @dataclass(frozen=True)
-<<<<<<< HEAD
 class ReadingBatch(Batch):
     instruction: Tensor  # (B, L) ids
     labels: Tensor  # (B, slots) what each asks for: indices from 1, 0 where a slot is not named
-=======
+
+
+@dataclass(frozen=True)
 class Lesson(Batch):
     """P pairs with Q questions each (P * Q rows, pair-major), and S single-picture rows."""
 
@@ -79,4 +80,3 @@ class Lesson(Batch):
     ground_output: Tensor
     kinds: tuple[str, ...]
     types: tuple[str, ...]
->>>>>>> structure

@@ -27,11 +27,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from vlmedit.config import TrainConfig
 from vlmedit.data.batches import UnpairedBatch
 from vlmedit.data.layouts import read_items
-from vlmedit.data.requests import QUESTIONS, Book, Request, batch_of
+from vlmedit.data.requests import QUESTIONS, Book, Prompts, Request, batch_of
 from vlmedit.data.shards import Place, shard_rows
-from vlmedit.io import BROKEN, InputError, some, to_rgb
+from vlmedit.errors import InputError
+from vlmedit.io import BROKEN, some, to_rgb
 from vlmedit.seeds import rng_for
 from vlmedit.world.language import TEMPLATES, UnknownInstruction
 

@@ -123,17 +123,10 @@ def as_fulfilled(example: Example, rng: random.Random) -> Example:
     return Example(scene, Edit("nothing"), instruct(example.edit, scene, rng))
 
 
-<<<<<<< HEAD
 def draw_examples(batch: int, rng: random.Random, *seed, kinds=None, request_limit: int | None = None, fulfilled_share: float = 0.0) -> list[Example]:
     """The requests of one batch. `request_limit` limits the data to that many distinct examples, drawn with replacement (for data
     studies); the first part of the seed, a run's own, says which. `fulfilled_share` is the share that asks for what is so already,
     and is then a "do nothing" in the words of a real request."""
-=======
-def draw_examples(batch: int, rng: random.Random, *seed, kinds=None, pool: int | None = None, settled: float = 0.0) -> list[Example]:
-    """The requests of one batch. `pool` limits the data to that many distinct examples, drawn with replacement (for
-    data studies); the first part of the seed, a run's own, says which. `settled` is the share that asks for what is so
-    already, and is then a "do nothing" in the words of a real request."""
->>>>>>> structure
     kinds = kinds or EDIT_SHARES
     if request_limit is None:
         examples = [sample_example(rng, kinds) for _ in range(batch)]
@@ -173,14 +166,8 @@ SLOTS = {
 }  # fmt: skip
 
 
-<<<<<<< HEAD
 def reading_batch(batch: int, *seed) -> ReadingBatch:
     """Instructions and what they ask for. No pictures."""
-=======
-def reading_batch(batch: int, *seed) -> tuple[Tensor, Tensor]:
-    """Instructions (B, L) ids and what they ask for: (B, slots) indices from 1, 0 where a slot is not named. No
-    pictures."""
->>>>>>> structure
     rng = rng_for("reading", *seed)
     examples = [sample_example(rng, ALL_TYPES) for _ in range(batch)]
     labels = [[_number(words, getattr(e.edit, slot)) for slot, words in SLOTS.items()] for e in examples]

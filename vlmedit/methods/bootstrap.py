@@ -25,7 +25,8 @@ from torch import Tensor
 
 from vlmedit.data.cycles import CycleBatch, cycle_draw
 from vlmedit.data.world import WorldData
-from vlmedit.equations.cycle import direction, guided, prior_loss, route
+from vlmedit.equations.cycle import direction, prior_loss, route
+from vlmedit.equations.training_free import guided
 from vlmedit.errors import ConfigError
 from vlmedit.flow import few_step_times, flow_matching_loss, interpolate, logit_normal_time, sample, to_x0
 from vlmedit.methods._base import Base, load_dit

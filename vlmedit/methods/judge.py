@@ -18,7 +18,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vlmedit.config import TrainConfig
-from vlmedit.data.judge_lessons import Lesson, lesson
+from vlmedit.data.batches import Lesson
+from vlmedit.data.judge_lessons import lesson
 from vlmedit.data.world import WorldData
 from vlmedit.equations.adversarial import attack, yes_no_losses
 from vlmedit.flow import few_step_times, interpolate, sample, to_x0

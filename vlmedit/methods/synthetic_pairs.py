@@ -27,9 +27,8 @@ from torch import Tensor, nn
 
 from vlmedit.data.batches import TEXT_LENGTH, PairedBatch, UnpairedBatch
 from vlmedit.data.world import WorldData
-from vlmedit.equations.cycle import guided
 from vlmedit.equations.judge_loss import judge_loss
-from vlmedit.equations.training_free import EDITORS, calls
+from vlmedit.equations.training_free import EDITORS, calls, guided
 from vlmedit.errors import ConfigError
 from vlmedit.flow import few_step_times, sample
 from vlmedit.methods._base import Base, load_dit
