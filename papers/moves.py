@@ -19,13 +19,12 @@ from measure import write
 from torch import Tensor
 
 import vlmedit
-from vlmedit.config import NPEditConfig
 from vlmedit.data.batches import TEXT_LENGTH
 from vlmedit.data.world import sample_example
 from vlmedit.evaluation.editing import evaluate, judge_by_oracle
 from vlmedit.evaluation.judge import right_answers
 from vlmedit.flow import flow_matching_loss, logit_normal_time
-from vlmedit.methods.npedit import NPEdit, train_npedit
+from vlmedit.methods.npedit import NPEdit, NPEditConfig, train_npedit
 from vlmedit.pipelines.shapes import EditPipeline, checkpoint
 from vlmedit.seeds import rng_for
 from vlmedit.world.language import describe

@@ -19,9 +19,9 @@ from matplotlib.colors import to_rgb as named
 from PIL import Image, ImageDraw, PngImagePlugin
 
 from vlmedit import io as pictures
+from vlmedit.errors import InputError
 from vlmedit.io import (
     MAX_PIXELS,
-    InputError,
     border_color,
     check_space,
     gather,

@@ -129,9 +129,8 @@ def lacking_models(config) -> list[str]:
 
 def random_models(tier: str, folder: Path) -> dict[str, str]:
     """Untrained models of a tier, saved: what a stage starts from when only its speed matters."""
-    from vlmedit.config import JudgeConfig
     from vlmedit.data.batches import TEXT_LENGTH
-    from vlmedit.methods.judge import build_judge
+    from vlmedit.methods.judge import JudgeConfig, build_judge
     from vlmedit.networks.dit import DiT
     from vlmedit.world.tokenizer import build_tokenizer
 

@@ -19,12 +19,13 @@ from PIL import Image, ImageDraw
 import vlmedit
 from vlmedit import cli, doctor
 from vlmedit.cli import main
-from vlmedit.config import TIERS, ConfigError, JudgeConfig, TeacherConfig
+from vlmedit.config import TIERS
 from vlmedit.data.batches import TEXT_LENGTH
+from vlmedit.errors import ConfigError
 from vlmedit.io import load_picture
-from vlmedit.methods.judge import build_judge
-from vlmedit.methods.teacher import train_teacher
-from vlmedit.training.engine import Step
+from vlmedit.methods.judge import JudgeConfig, build_judge
+from vlmedit.methods.teacher import TeacherConfig, train_teacher
+from vlmedit.training.run import Step
 from vlmedit.world.edits import EDIT_TYPES
 
 

@@ -102,8 +102,8 @@ def test_update_activations():
 
 def test_the_recipe_speaks_of_real_settings():
     """Every line of the released recipe that names a setting of ours names one that exists; each has a source."""
-    from vlmedit.config import NPEditConfig
     from vlmedit.experiments.recipe import FIXED, MAIN_STAGE
+    from vlmedit.methods.npedit import NPEditConfig
 
     config = NPEditConfig.make("laptop")
     assert all(hasattr(config, line.here) for line in MAIN_STAGE if line.here)

@@ -11,9 +11,8 @@ from helpers.scripts import script
 from vlmedit.kernels import dispatch
 
 from vlmedit import kernels
-from vlmedit.config import ConfigError
 from vlmedit.cost import counting, plan
-from vlmedit.io import InputError
+from vlmedit.errors import ConfigError, InputError
 from vlmedit.testing import random_models as tiny
 
 performance = script("performance")

@@ -32,7 +32,7 @@ from vlmedit.data.manifest import load_fitted
 from vlmedit.data.prepare import run as p
 from vlmedit.data.requests import Book, batch_of
 from vlmedit.data.shards import read_shards, write_shards
-from vlmedit.io import InputError
+from vlmedit.errors import InputError
 from vlmedit.networks.judges import text_vlm as writers
 from vlmedit.testing import random_models as tiny
 

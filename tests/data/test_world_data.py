@@ -14,7 +14,7 @@ from vlmedit.data import world as data
 from vlmedit.data.batches import CaptionedBatch, PairedBatch, UnpairedBatch
 from vlmedit.data.world import (
     EDIT_SHARES,
-    SETTLED_TYPES,
+    FULFILLABLE_TYPES,
     SLOTS,
     captioned_batch,
     held_out,
@@ -26,8 +26,9 @@ from vlmedit.data.world import (
     settle,
     unpaired_batch,
 )
+from vlmedit.errors import ImpossibleEdit
 from vlmedit.seeds import rng_for, seed_torch
-from vlmedit.world.edits import ALL_TYPES, ImpossibleEdit, apply_edit, check_edit
+from vlmedit.world.edits import ALL_TYPES, apply_edit, check_edit
 from vlmedit.world.language import caption, parse_instruction
 from vlmedit.world.render import render
 from vlmedit.world.tokenizer import build_tokenizer
@@ -257,7 +258,7 @@ def test_batches_move_and_count():
 def test_settled_requests_ask_for_what_is_so_already():
     """The same edit in words that fit the picture; nothing is left to do, and the world refuses it as "already" done."""
     rng = rng_for("settled test")
-    for kind in SETTLED_TYPES:
+    for kind in FULFILLABLE_TYPES:
         for _ in range(40):
             example = sample_example(rng, (kind,))
             settled = settle(example, rng)
@@ -279,7 +280,7 @@ def test_settled_rows_of_a_batch_have_nothing_to_do():
             if with_share.nothing[i]:
                 assert torch.equal(with_share.reference_caption[i], with_share.target_caption[i])
     for kind, flags in changed.items():
-        if kind in SETTLED_TYPES:
+        if kind in FULFILLABLE_TYPES:
             assert 0.35 < sum(flags) / len(flags) < 0.85, kind
         else:
             assert not any(flags), kind

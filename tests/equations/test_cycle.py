@@ -9,16 +9,16 @@ from helpers.tiny_models import SIDE, pictures, tiny_dit
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from vlmedit.config import BootstrapConfig, ConfigError, CycleGANConfig
 from vlmedit.data import world as data
 from vlmedit.data.batches import UnpairedBatch
 from vlmedit.data.cycles import cycle_batch, inverse
 from vlmedit.data.world import sample_example, unpaired_batch
 from vlmedit.equations.cycle import adversarial_loss, copy_loss, critic_loss, cycle_loss, direction, prior_loss, route
+from vlmedit.errors import ConfigError, ImpossibleEdit
 from vlmedit.flow import interpolate, logit_normal_time, to_x0
-from vlmedit.methods.bootstrap import Bootstrap, train_bootstrap
-from vlmedit.methods.cyclegan_turbo import CycleGAN, train_cyclegan
-from vlmedit.world.edits import EDIT_TYPES, ImpossibleEdit, apply_edit, check_edit, side_reached
+from vlmedit.methods.bootstrap import Bootstrap, BootstrapConfig, train_bootstrap
+from vlmedit.methods.cyclegan_turbo import CycleGAN, CycleGANTurboConfig, train_cyclegan_turbo
+from vlmedit.world.edits import EDIT_TYPES, apply_edit, check_edit, side_reached
 from vlmedit.world.language import caption, parse_instruction
 from vlmedit.world.tokenizer import build_tokenizer
 
@@ -207,7 +207,7 @@ def grown(dit):
 
 
 def gan_roles(**given) -> CycleGAN:
-    roles = CycleGAN(CycleGANConfig.make("smoke", side=SIDE, precision="no", **given), tiny_dit(0), tiny_dit(1))
+    roles = CycleGAN(CycleGANTurboConfig.make("smoke", side=SIDE, precision="no", **given), tiny_dit(0), tiny_dit(1))
     grown(roles.critic)
     return roles
 
@@ -334,7 +334,7 @@ def test_both_lower_their_own_loss_on_one_batch(batch):
 @pytest.mark.parametrize("stage", ("cyclegan", "bootstrap"))
 def test_a_killed_run_resumes_to_the_same_weights(folder, tmp_path, stage):
     """Three updates: finite figures, calls counted; killed after two, the run ends in the straight run's weights, bit for bit."""
-    config, train = {"cyclegan": (CycleGANConfig, train_cyclegan), "bootstrap": (BootstrapConfig, train_bootstrap)}[stage]
+    config, train = {"cyclegan": (CycleGANTurboConfig, train_cyclegan_turbo), "bootstrap": (BootstrapConfig, train_bootstrap)}[stage]
     made = lambda name: config.make("smoke", teacher=str(folder / "teacher"), student=str(folder / "student"), side=SIDE, precision="no", steps=3, out=str(tmp_path / name))
     steps = list(train(made("straight")))
     assert [s.index for s in steps] == [1, 2, 3] and not any(s.skipped for s in steps)
@@ -353,10 +353,10 @@ def test_a_killed_run_resumes_to_the_same_weights(folder, tmp_path, stage):
 
 def test_bad_settings_are_named():
     bad = {
-        "gan_weight is 0; without it copying is the best answer": (CycleGANConfig, dict(gan_weight=0)),
-        "mismatch is 2; it is a share": (CycleGANConfig, dict(mismatch=2)),
-        "calls is 'thrice'; known: one": (CycleGANConfig, dict(calls="thrice")),
-        "critic_updates is 0": (CycleGANConfig, dict(critic_updates=0)),
+        "gan_weight is 0; without it copying is the best answer": (CycleGANTurboConfig, dict(gan_weight=0)),
+        "mismatch is 2; it is a share": (CycleGANTurboConfig, dict(mismatch=2)),
+        "calls is 'thrice'; known: one": (CycleGANTurboConfig, dict(calls="thrice")),
+        "critic_updates is 0": (CycleGANTurboConfig, dict(critic_updates=0)),
         "cycle_weight is -1; it must be at least 0": (BootstrapConfig, dict(cycle_weight=-1)),
         "prior_weight is 0; without it copying": (BootstrapConfig, dict(prior_weight=0)),
         "follow is 1.0; it must lie in": (BootstrapConfig, dict(follow=1.0)),

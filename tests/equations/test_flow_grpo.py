@@ -9,8 +9,8 @@ import torch
 from helpers.tiny_models import SIDE, requests, tiny_dit, tiny_judge
 from safetensors.torch import load_file
 from torch.distributions import Independent, Normal, kl_divergence
+from vlmedit.methods.stages import STAGES
 
-from vlmedit.config import ConfigError, GRPOConfig
 from vlmedit.equations.flow_grpo import (
     POLICIES,
     clipped_objective,
@@ -23,9 +23,9 @@ from vlmedit.equations.flow_grpo import (
     policy_means,
 )
 from vlmedit.equations.judge_loss import judge_loss
+from vlmedit.errors import ConfigError
 from vlmedit.flow import few_step_times, interpolate, step_euler, step_renoise
-from vlmedit.methods.flow_grpo import GRPO, repeated, train_grpo
-from vlmedit.methods.stages import STAGES
+from vlmedit.methods.flow_grpo import GRPO, FlowGRPOConfig, repeated, train_flow_grpo
 from vlmedit.networks.dit import DiT
 
 MEAN, WIDTH = 1.5, 0.6  # of the Gaussian data
@@ -192,8 +192,8 @@ def test_the_objective_is_flat_only_beyond_its_own_edge(advantage, off):
 # --- the trainer's parts
 
 
-def configuration(**overrides) -> GRPOConfig:
-    return GRPOConfig.make("smoke", **{"side": SIDE, "batch": 4, "group": 2, "precision": "no", **overrides})
+def configuration(**overrides) -> FlowGRPOConfig:
+    return FlowGRPOConfig.make("smoke", **{"side": SIDE, "batch": 4, "group": 2, "precision": "no", **overrides})
 
 
 @pytest.fixture
@@ -312,7 +312,7 @@ def saved(tmp_path_factory) -> Path:
     return folder
 
 
-def loop(saved: Path, out: Path, **overrides) -> GRPOConfig:
+def loop(saved: Path, out: Path, **overrides) -> FlowGRPOConfig:
     return configuration(**{"student": str(saved / "student"), "judge": str(saved / "judge"), "out": str(out), "steps": 3, "save_every": 1, **overrides})
 
 
@@ -323,11 +323,11 @@ def measured(steps) -> list[dict]:
 def test_a_stopped_run_resumes_to_the_same_bits(saved, tmp_path):
     """Three updates in one go; two, a stop, and the rest: equal weights, averages and metrics, bit for bit. Start and judge stay."""
     before = {p: p.read_bytes() for p in saved.rglob("*.safetensors")}
-    straight = list(train_grpo(loop(saved, tmp_path / "straight")))
-    run = train_grpo(loop(saved, tmp_path / "stopped"))
+    straight = list(train_flow_grpo(loop(saved, tmp_path / "straight")))
+    run = train_flow_grpo(loop(saved, tmp_path / "stopped"))
     first = [next(run), next(run)]
     run.close()
-    rest = list(train_grpo(loop(saved, tmp_path / "stopped")))
+    rest = list(train_flow_grpo(loop(saved, tmp_path / "stopped")))
     assert [s.index for s in rest] == [2, 3] and measured(first) == measured(straight[:2]) and measured(rest) == measured(straight[1:])
     for name in ("model/diffusion_pytorch_model", "checkpoint/model", "checkpoint/model.ema"):
         a, b = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("straight", "stopped"))
@@ -342,17 +342,17 @@ def test_a_stopped_run_resumes_to_the_same_bits(saved, tmp_path):
 def test_metrics_count_calls_and_say_what_happened(saved, tmp_path):
     """Calls: every sample meets the student once per time and once per random step and inner step; the reference once per random step,
     or never without a KL term. The second inner step is off the first's policy."""
-    (step,) = train_grpo(loop(saved, tmp_path / "a", steps=1, inner=2, sampler_steps=4, batch=4))
+    (step,) = train_flow_grpo(loop(saved, tmp_path / "a", steps=1, inner=2, sampler_steps=4, batch=4))
     assert step.metrics["calls"] == 4 * (4 + 2 * 3) and step.metrics["reference_calls"] == 4 * 3
     assert step.metrics["ratio_off"] > 0 and 0 <= step.metrics["reward"] <= 1 and step.metrics["reward_spread"] > 0
     assert {"p_edit", "p_identity", "kl", "clipped", "gradient_norm", "cpu_student", "cpu_judge", "cpu_reference", "cpu_sampling"} <= set(step.metrics)
     assert set(step.pictures) == {"reference", "output"} and not step.skipped
-    (step,) = train_grpo(loop(saved, tmp_path / "b", steps=1, kl_weight=0.0, inner=1, sampler_steps=2))
+    (step,) = train_flow_grpo(loop(saved, tmp_path / "b", steps=1, kl_weight=0.0, inner=1, sampler_steps=2))
     assert step.metrics["calls"] == 4 * 3 and step.metrics["reference_calls"] == 0 and "kl" not in step.metrics
 
 
 def test_the_stage_is_registered():
-    assert STAGES["grpo"] == (GRPOConfig, train_grpo)
+    assert STAGES["grpo"] == (FlowGRPOConfig, train_flow_grpo)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vlmedit.cli import main
-from vlmedit.config import ConfigError
 from vlmedit.data.world import held_out
+from vlmedit.errors import ConfigError, InputError
 from vlmedit.evaluation.editing import edit_examples
 from vlmedit.evaluation.judge import ask_judge
 from vlmedit.experiments import study
 from vlmedit.experiments.study import cells, costs, tables
-from vlmedit.io import InputError
 from vlmedit.methods.npedit import train_npedit
 from vlmedit.world.edits import EDIT_TYPES
 

@@ -8,9 +8,9 @@ import sys
 import torch
 from safetensors.torch import save_file
 
-from vlmedit.config import TeacherConfig
-from vlmedit.methods.teacher import train_teacher
-from vlmedit.training.engine import Checkpoints, make_accelerator
+from vlmedit.methods.teacher import TeacherConfig, train_teacher
+from vlmedit.training.checkpoints import Checkpoints
+from vlmedit.training.run import make_accelerator
 
 torch.set_num_threads(1)
 out, steps = sys.argv[1], int(sys.argv[2])

@@ -9,14 +9,17 @@ import torch.nn.functional as F
 from helpers.tiny_models import SIDE, pictures, requests, tiny_dit, tiny_judge
 from PIL import Image
 from safetensors.torch import load_file
+from vlmedit.methods.stages import STAGES
 
-from vlmedit.config import ConfigError, DistillConfig, NPEditConfig, SFTConfig, WarmupConfig
-from vlmedit.data.world import unpaired_batch
+from vlmedit.data.world import shares, unpaired_batch
+from vlmedit.errors import ConfigError
 from vlmedit.experiments import live as main_module
 from vlmedit.flow import guide, interpolate, to_x0
 from vlmedit.methods import npedit as module
-from vlmedit.methods.npedit import NPEdit, nothing_loss, shares, train_npedit
-from vlmedit.methods.stages import STAGES
+from vlmedit.methods.copy_warmup import CopyWarmupConfig
+from vlmedit.methods.distill import DistillConfig
+from vlmedit.methods.npedit import NPEdit, NPEditConfig, nothing_loss, train_npedit
+from vlmedit.methods.sft import SFTConfig
 from vlmedit.networks.dit import DiT
 
 TWO = (1.0, 0.5)
@@ -254,7 +257,7 @@ RIVALS = {
     "sft": (SFTConfig, dict(student="warm"), ("loss", "loss")),
     "distill": (DistillConfig, dict(teacher="teacher"), ("fake_loss", "fake_loss")),
     "distill without fake updates": (DistillConfig, dict(teacher="teacher", fake_updates=0), ("skipped", "skipped")),
-    "warmup": (WarmupConfig, dict(teacher="teacher"), ("reading_loss", "loss")),  # reads first, then copies
+    "warmup": (CopyWarmupConfig, dict(teacher="teacher"), ("reading_loss", "loss")),  # reads first, then copies
 }
 
 

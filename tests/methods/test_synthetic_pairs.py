@@ -5,16 +5,25 @@ import torch
 from helpers.tiny_models import SIDE, pictures, requests, tiny_dit, tiny_judge
 from safetensors.torch import load_file
 
-from vlmedit.config import ConfigError, SyntheticConfig
 from vlmedit.data import world as data
 from vlmedit.equations.judge_loss import judge_loss
+from vlmedit.errors import ConfigError
 from vlmedit.flow import few_step_times, flow_matching_loss, guide, sample
 from vlmedit.methods import synthetic_pairs as module
-from vlmedit.methods.synthetic_pairs import Pool, approved, from_bytes, make_pairs, teacher_calls, to_bytes, train_synthetic
+from vlmedit.methods.synthetic_pairs import (
+    Pool,
+    SyntheticPairsConfig,
+    approved,
+    from_bytes,
+    make_pairs,
+    teacher_calls,
+    to_bytes,
+    train_synthetic_pairs,
+)
 
 
-def configuration(**given) -> SyntheticConfig:
-    return SyntheticConfig.make("smoke", **{"side": SIDE, "precision": "no", **given})
+def configuration(**given) -> SyntheticPairsConfig:
+    return SyntheticPairsConfig.make("smoke", **{"side": SIDE, "precision": "no", **given})
 
 
 def test_the_pool_holds_the_newest_pairs():
@@ -84,16 +93,16 @@ def test_a_run_trains_on_its_own_pairs_and_no_target_of_the_world(folder, tmp_pa
     asked = module.approved
     monkeypatch.setattr(module, "approved", lambda *args: kept.append(asked(*args)) or kept[-1])
     made = lambda name: configuration(**places(folder), out=str(tmp_path / name), steps=3, candidates=6, threshold=0.42, settled=0.0)
-    steps = list(train_synthetic(made("straight")))
+    steps = list(train_synthetic_pairs(made("straight")))
     assert [s.index for s in steps] == [1, 2, 3] and rendered == [6, 6, 6] and not any(s.skipped for s in steps)
     assert [s.metrics["kept"] for s in steps] == pytest.approx([k.float().mean().item() for k in kept])
     saved = load_file(tmp_path / "straight" / "pairs.safetensors")
     total = int(sum(k.sum() for k in kept))
     assert 0 < total < 18 and len(saved["target"]) == min(8, total) == steps[-1].metrics["pairs"]
-    run = train_synthetic(made("killed"))
+    run = train_synthetic_pairs(made("killed"))
     next(run), next(run)
     run.close()
-    list(train_synthetic(made("killed")))
+    list(train_synthetic_pairs(made("killed")))
     for name in ("model/diffusion_pytorch_model", "pairs", "checkpoint/pairs"):
         a, b = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("straight", "killed"))
         assert all(torch.equal(a[k], b[k]) for k in a), name
@@ -104,7 +113,7 @@ def test_a_run_trains_on_its_own_pairs_and_no_target_of_the_world(folder, tmp_pa
 
 def test_without_a_pair_nothing_is_learnt(folder, tmp_path):
     """A judge whom nothing pleases: no loss, no call of the student, the weights it started from, and an empty pool."""
-    steps = list(train_synthetic(configuration(**places(folder), out=str(tmp_path / "run"), threshold=0.99)))
+    steps = list(train_synthetic_pairs(configuration(**places(folder), out=str(tmp_path / "run"), threshold=0.99)))
     assert len(steps) == 2 and all(s.metrics["pairs"] == 0 == s.metrics["calls"] and "loss" not in s.metrics for s in steps)
     start = load_file(folder / "student" / "diffusion_pytorch_model.safetensors")
     model = load_file(tmp_path / "run" / "model" / "diffusion_pytorch_model.safetensors")

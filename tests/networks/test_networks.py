@@ -6,7 +6,7 @@ from helpers.tiny_models import pictures, saved_elements, tiny_dit, tiny_judge
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
-from vlmedit.config import TeacherConfig
+from vlmedit.methods.teacher import TeacherConfig
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judge import JudgeModel
 from vlmedit.pipelines.card import KEYS, write_card

@@ -12,16 +12,15 @@ from safetensors.torch import load_file
 
 import vlmedit
 from vlmedit import cli
-from vlmedit.config import NPEditConfig
 from vlmedit.cost import plan
 from vlmedit.data.manifest import Row, book_of, check_questions, nothing_of
 from vlmedit.data.requests import Book, Request, batch_of
 from vlmedit.data.world import batch_of_examples as shape_batch
 from vlmedit.data.world import from_example, sample_example
 from vlmedit.equations.unroll import rollout
+from vlmedit.errors import InputError
 from vlmedit.flow import few_step_times
-from vlmedit.io import InputError
-from vlmedit.methods.npedit import NPEdit
+from vlmedit.methods.npedit import NPEdit, NPEditConfig
 from vlmedit.networks import load as loading
 from vlmedit.networks.backbones import backbone_of, load_transformer
 from vlmedit.networks.codec import PixelCodec

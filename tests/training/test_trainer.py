@@ -14,19 +14,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from vlmedit.methods.stages import STAGES as ALL_STAGES
 
-from vlmedit.config import TIERS, ConfigError, JudgeConfig, TeacherConfig, TrainConfig
+from vlmedit.config import TIERS, TrainConfig
 from vlmedit.data.batches import TEXT_LENGTH
 from vlmedit.data.world import captioned_batch
+from vlmedit.errors import ConfigError
 from vlmedit.flow import interpolate, logit_normal_time, velocity_target
-from vlmedit.methods.judge import train_judge
-from vlmedit.methods.stages import STAGES as ALL_STAGES
-from vlmedit.methods.teacher import drop_text, train_teacher
+from vlmedit.methods._base import drop_text
+from vlmedit.methods.judge import JudgeConfig, train_judge
+from vlmedit.methods.teacher import TeacherConfig, train_teacher
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judge import ground_loss
 from vlmedit.seeds import seed_torch
 from vlmedit.training import engine
-from vlmedit.training.engine import EMA, Checkpoints, Optimizer, Run, make_accelerator
+from vlmedit.training.checkpoints import Checkpoints
+from vlmedit.training.optimizer import EMA, Optimizer
+from vlmedit.training.run import Run, make_accelerator
 from vlmedit.world.scene import GROUND_CLASSES
 from vlmedit.world.tokenizer import build_tokenizer
 
@@ -81,8 +85,8 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     code = f"""
 import os, signal, torch
 torch.set_num_threads(1)
-from vlmedit.config import TeacherConfig
-from vlmedit.training.engine import Optimizer
+from vlmedit.methods.teacher import TeacherConfig
+from vlmedit.training.optimizer import Optimizer
 from vlmedit.methods.teacher import train_teacher
 step = Optimizer.step
 def stop(self, index, accelerator):

@@ -9,16 +9,16 @@ from diffusers import FluxTransformer2DModel
 from helpers.tiny_models import pictures, saved_elements, tiny_dit, tiny_judge
 from peft import LoraConfig
 
-from vlmedit.config import NPEditConfig
 from vlmedit.data.requests import QUESTIONS, Book, Request, batch_of
-from vlmedit.methods.npedit import NPEdit
+from vlmedit.methods.npedit import NPEdit, NPEditConfig
 from vlmedit.networks.backbones import backbone_of, load_transformer
 from vlmedit.networks.codec import PixelCodec
 from vlmedit.networks.judges import load_judge
 from vlmedit.networks.lora import AdapterRole, Roles, SharedBase, adapter_roles, module_roles
 from vlmedit.networks.prompts import TextBank
 from vlmedit.testing import random_models as tiny
-from vlmedit.training.engine import EMA, Optimizer, make_accelerator
+from vlmedit.training.optimizer import EMA, Optimizer
+from vlmedit.training.run import make_accelerator
 from vlmedit.world.tokenizer import build_tokenizer, encode
 
 SIDE, TWO = 32, (1.0, 0.5)

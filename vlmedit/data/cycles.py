@@ -20,8 +20,9 @@ from torch import Tensor
 from vlmedit.config import WorldConfig
 from vlmedit.data.batches import TEXT_LENGTH, Batch, UnpairedBatch
 from vlmedit.data.world import Draw, Example, batch_of_examples, draw_examples, references, request_settings
+from vlmedit.errors import ImpossibleEdit
 from vlmedit.seeds import rng_for
-from vlmedit.world.edits import Edit, ImpossibleEdit, apply_edit, check_edit, side_reached
+from vlmedit.world.edits import Edit, apply_edit, check_edit, side_reached
 from vlmedit.world.language import instruct
 from vlmedit.world.scene import SIDES, Scene
 from vlmedit.world.tokenizer import encode

@@ -33,8 +33,9 @@ from vlmedit.data.lesson_pictures import (
     soil,
 )
 from vlmedit.data.world import Example, ground, sample_example, target_of
+from vlmedit.errors import ImpossibleEdit
 from vlmedit.seeds import rng_for
-from vlmedit.world.edits import ALL_TYPES, EDIT_TYPES, Edit, ImpossibleEdit, apply_edit, sample_edit
+from vlmedit.world.edits import ALL_TYPES, EDIT_TYPES, Edit, apply_edit, sample_edit
 from vlmedit.world.language import DESCRIBE, PRESENCE, Question, caption, edit_question, identity_question, instruct
 from vlmedit.world.render import render
 from vlmedit.world.scene import SHAPES, Scene, sample_scene

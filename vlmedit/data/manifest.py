@@ -32,10 +32,10 @@ from vlmedit.data.batches import UnpairedBatch
 from vlmedit.data.layouts import read_items
 from vlmedit.data.requests import QUESTIONS, Book, Prompts, Request, batch_of
 from vlmedit.data.shards import Place, shard_rows
-from vlmedit.errors import InputError
+from vlmedit.errors import InputError, UnknownInstruction
 from vlmedit.io import BROKEN, some, to_rgb
 from vlmedit.seeds import rng_for
-from vlmedit.world.language import TEMPLATES, UnknownInstruction
+from vlmedit.world.language import TEMPLATES
 
 SAME = {  # names of edit types in other data, as ours
     "addition": "add", "insert": "add", "insertion": "add", "removal": "remove", "delete": "remove", "recolor": "color", "colour": "color",

@@ -19,8 +19,9 @@ from torch import Tensor
 from vlmedit.config import TrainConfig, WorldConfig
 from vlmedit.data.batches import TEXT_LENGTH, Batch, CaptionedBatch, PairedBatch, ReadingBatch, UnpairedBatch
 from vlmedit.data.requests import Request, batch_of
+from vlmedit.errors import ImpossibleEdit
 from vlmedit.seeds import rng_for
-from vlmedit.world.edits import ALL_TYPES, Edit, ImpossibleEdit, apply_edit, sample_edit
+from vlmedit.world.edits import ALL_TYPES, Edit, apply_edit, sample_edit
 from vlmedit.world.language import caption, edit_question, instruct
 from vlmedit.world.render import render
 from vlmedit.world.scene import BACKGROUNDS, COLORS, SHAPES, SIDES, STYLES, TEXTURES, Scene, sample_scene

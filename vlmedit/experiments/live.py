@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-from vlmedit.config import NPEditConfig
-from vlmedit.methods.npedit import train_npedit
+from vlmedit.methods.npedit import NPEditConfig, train_npedit
 from vlmedit.pipelines.shapes import checkpoint
-from vlmedit.training.engine import Step
+from vlmedit.training.run import Step
 
 LIVE = {"smoke": dict(steps=2, batch=4, warmup=1), "laptop": dict(steps=750, save_every=150), "gpu": dict(steps=3000)}
 SHOWN = 512  # held-out edits the metrics are taken over, and how many of them are drawn

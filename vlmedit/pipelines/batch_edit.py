@@ -18,21 +18,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlmedit.io import (
-    InputError,
-    Picture,
-    Request,
-    check_ending,
-    check_space,
-    check_writable,
-    gather,
-    load_picture,
-    save_json,
-    save_picture,
-    strip,
-)
-from vlmedit.world.edits import Edit, ImpossibleEdit, check_edit
-from vlmedit.world.language import UnknownInstruction, grammar, parse_instruction
+from vlmedit.errors import ImpossibleEdit, InputError, UnknownInstruction
+from vlmedit.io import Picture, Request, check_ending, check_space, check_writable, gather, load_picture, save_json, save_picture, strip
+from vlmedit.world.edits import Edit, check_edit
+from vlmedit.world.language import grammar, parse_instruction
 
 ABOUT = "editor.json"  # what `vlmedit export` says of its folder [real/export.py]
 RELIABLE_PSNR = 22.0  # dB to the oracle's nearest valid render, from which its reading may refuse an edit

@@ -32,7 +32,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlmedit.io import InputError, check_space, save_json
+from vlmedit.errors import InputError
+from vlmedit.io import check_space, save_json
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.hub import reachable
 from vlmedit.networks.lora import AdapterRole

@@ -28,7 +28,8 @@ from PIL import Image
 from torch import Tensor
 
 from vlmedit.data.requests import Request
-from vlmedit.io import InputError, _decode, to_rgb
+from vlmedit.errors import InputError
+from vlmedit.io import _decode, to_rgb
 from vlmedit.networks.hub import looks_like_id, reachable
 from vlmedit.networks.judges import Judge
 from vlmedit.networks.prompt_cache import DTYPE

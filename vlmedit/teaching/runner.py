@@ -25,7 +25,8 @@ from pathlib import Path
 
 import nbformat
 
-from vlmedit.io import InputError, save_json
+from vlmedit.errors import InputError
+from vlmedit.io import save_json
 from vlmedit.teaching.checking import recorded
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"

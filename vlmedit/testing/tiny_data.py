@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vlmedit.data.world import EDIT_SHARES, SETTLED_TYPES, from_example, references, sample_example, settle
-from vlmedit.io import InputError
+from vlmedit.data.world import EDIT_SHARES, FULFILLABLE_TYPES, from_example, references, sample_example, settle
+from vlmedit.errors import InputError
 from vlmedit.pipelines.shapes import assemble, checkpoint
 from vlmedit.seeds import rng_for
 from vlmedit.testing import random_models as tiny
@@ -185,7 +185,7 @@ def save_squares(folder: Path, rows: int = SQUARES, seed: int = 0) -> Path:
     """A manifest of the requests that the miniature trains on, their pictures as it draws them: 32 x 32, some through JPEG."""
     rng = rng_for("squares", seed)
     examples = [sample_example(rng, EDIT_SHARES) for _ in range(rows)]
-    examples = [settle(e, rng) if e.edit.type in SETTLED_TYPES and rng.random() < SETTLED else e for e in examples]
+    examples = [settle(e, rng) if e.edit.type in FULFILLABLE_TYPES and rng.random() < SETTLED else e for e in examples]
     lines = []
     for i, (example, picture) in enumerate(zip(examples, references(examples, 32, rng))):
         request = from_example(example)

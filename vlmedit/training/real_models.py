@@ -32,13 +32,13 @@ from torch import Tensor, nn
 from torch._dynamo import list_backends
 
 from vlmedit import io as pictures
-from vlmedit.config import ConfigError
 from vlmedit.data.batches import UnpairedBatch
 from vlmedit.data.manifest import Feed, book_of, check_questions, read_manifest
 from vlmedit.data.requests import Book
 from vlmedit.equations.unroll import draw_times
+from vlmedit.errors import ConfigError, InputError
 from vlmedit.flow import flow_matching_loss, guide, logit_normal_time
-from vlmedit.io import InputError, check_space, save_json
+from vlmedit.io import check_space, save_json
 from vlmedit.methods.npedit import NPEdit
 from vlmedit.networks.load import (
     check_backbone,
@@ -61,7 +61,9 @@ from vlmedit.pipelines.shapes import quiet
 from vlmedit.seeds import rng_for, seed_torch
 from vlmedit.testing.tiny_data import PREFIX, made
 from vlmedit.training import engine
-from vlmedit.training.engine import EMA, Checkpoints, Optimizer, Run, Step, average_gradients
+from vlmedit.training.checkpoints import Checkpoints
+from vlmedit.training.optimizer import EMA, Optimizer, average_gradients
+from vlmedit.training.run import Run, Step
 from vlmedit.training.settings import CopyConfig, RealConfig
 from vlmedit.training.trackers import Trackers, check_trackers
 

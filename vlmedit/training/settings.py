@@ -13,8 +13,10 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmedit.config import ConfigError, NPEditConfig, TrainConfig
+from vlmedit.config import TrainConfig
 from vlmedit.data.requests import QUESTIONS
+from vlmedit.errors import ConfigError
+from vlmedit.methods.npedit import NPEditConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BUCKETS = ("512x512", "576x448", "448x576", "640x384", "384x640", "512x384", "384x512")  # width x height [R]

@@ -54,7 +54,8 @@ from vlmedit.data.prepare.proposals import (
     parse_proposal,
     plain,
 )
-from vlmedit.io import InputError, disk_errors, save_json, to_rgb, write_atomic
+from vlmedit.errors import InputError
+from vlmedit.io import disk_errors, save_json, to_rgb, write_atomic
 from vlmedit.networks.judges.text_vlm import Writer, identity_of, to_tensor
 
 ANSWER_TOKENS = 160
