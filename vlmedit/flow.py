@@ -50,9 +50,9 @@ def to_velocity(x: Tensor, x0: Tensor, t: Tensor | float) -> Tensor:
     return (x - x0) / _like(t, x)
 
 
-def guide(cond: Tensor, uncond: Tensor, w: float) -> Tensor:
-    """Classifier-free guidance in NP-Edit's form (method.md 1.7): w = 1 is `cond`, w = 0 is `uncond`."""
-    return uncond + w * (cond - uncond)
+def guide(cond: Tensor, uncond: Tensor, w: Tensor | float) -> Tensor:
+    """Classifier-free guidance in NP-Edit's form (method.md 1.7): w = 1 is `cond`, w = 0 is `uncond`, w (B,) a scale per row."""
+    return uncond + (_like(w, cond) if isinstance(w, Tensor) else w) * (cond - uncond)
 
 
 def shift_time(u: Tensor | float, shift: float) -> Tensor | float:

@@ -38,13 +38,22 @@ def dmd_loss(x: Tensor, gradient: Tensor) -> Tensor:
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # velocity(x_t, t, text)
 
 
+def guided_velocity(teacher: Denoiser, x_t: Tensor, t: Tensor, text: Tensor, guidance: float | Tensor) -> Tensor:
+    """The teacher's velocity, guided against the empty caption: by one scale, 1 asks for no unconditional score, or by a
+    scale per row (B,), which always asks for it, so that processes that share weights call them equally often."""
+    v = teacher(x_t, t, text)
+    if isinstance(guidance, Tensor) or guidance != 1:
+        v = guide(v, teacher(x_t, t, torch.zeros_like(text)), guidance)
+    return v
+
+
 @torch.no_grad()  # both scores are constants of the student's loss
-def dmd_scores(x: Tensor, text: Tensor, teacher: Denoiser, fake: Denoiser, guidance: float, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """x0_real (guided against the empty caption) and x0_fake at level t of pictures x with target caption ids `text`."""
+def dmd_scores(
+    x: Tensor, text: Tensor, teacher: Denoiser, fake: Denoiser, guidance: float | Tensor, t: Tensor, eps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x0_real (guided) and x0_fake at level t of pictures x with target caption ids `text`."""
     x_t = interpolate(x.detach(), eps, t)
-    v_real = teacher(x_t, t, text)
-    if guidance != 1:
-        v_real = guide(v_real, teacher(x_t, t, torch.zeros_like(text)), guidance)
+    v_real = guided_velocity(teacher, x_t, t, text, guidance)
     return to_x0(x_t, v_real, t), to_x0(x_t, fake(x_t, t, text), t)
 
 

@@ -31,7 +31,7 @@ from vlmedit.data.batches import UnpairedBatch
 from vlmedit.data.world import TASKS, unpaired_batch
 from vlmedit.equations.dmd import draw_dmd_time, fake_score_loss
 from vlmedit.equations.judge_loss import gain_ramp
-from vlmedit.equations.matching import OBJECTIVES, Setting, gan_loss, ratio_head, ratio_loss
+from vlmedit.equations.matching import OBJECTIVES, MatchingContext, gan_loss, ratio_head, ratio_loss
 from vlmedit.equations.rewards import REWARDS, Panel
 from vlmedit.equations.unroll import draw_times, rollout
 from vlmedit.flow import flow_matching_loss, logit_normal_time
@@ -107,7 +107,7 @@ class NPEdit:
             with self.clock("teacher"):
                 t = draw_dmd_time(len(x), device=x.device)
                 real = batch.reference, batch.reference_caption
-                setting = Setting(self.teacher, self.fake, self.caption(batch), t, torch.randn_like(x), c.guidance, c.dmd_norm, *real)
+                setting = MatchingContext(self.teacher, self.fake, self.caption(batch), t, torch.randn_like(x), c.guidance, c.dmd_norm, *real)
                 loss = c.dmd_weight * self.objective.loss(x, setting)
                 if c.gan_weight:
                     loss = loss + c.gan_weight * gan_loss(x, setting)
