@@ -77,7 +77,7 @@ def sid_loss(x: Tensor, real: Tensor, fake: Tensor, alpha: float = SID_ALPHA, no
     """Both estimates keep their graphs; the normalizer is a constant."""
     gap = real - fake
     scale = per_sample((x - real).abs()).clamp(min=1e-6).detach() if normalized else 1.0
-    return (gap * ((real - x) - alpha * gap) / scale).mean()
+    return (gap * ((real - x) - alpha * gap) / scale).mean()  # Eq. SiD [arXiv:2404.04057]
 
 
 def sid(x: Tensor, s: MatchingContext) -> Tensor:
@@ -87,7 +87,7 @@ def sid(x: Tensor, s: MatchingContext) -> Tensor:
 def pseudo_huber_loss(x: Tensor, real: Tensor, fake: Tensor, k: float = HUBER) -> Tensor:
     """-d'(D)^T (mu_f - x) with d(D) = sqrt(mean D^2 + k^2) - k; everything keeps its graph."""
     gap = fake - real
-    return (gap * (x - fake) / (per_sample(gap.square()) + k * k).sqrt()).mean()
+    return (gap * (x - fake) / (per_sample(gap.square()) + k * k).sqrt()).mean()  # Eq. pseudo-Huber [arXiv:2410.20898]
 
 
 def pseudo_huber(x: Tensor, s: MatchingContext) -> Tensor:
@@ -115,12 +115,12 @@ def ratio_loss(fake: nn.Module, samples: Tensor, text: Tensor, real: Tensor, rea
     """Cross-entropy of telling references from student pictures at level t; least where the logit is the true log r."""
     of_real, _ = log_ratio(fake, interpolate(real, eps, t), t, real_text)
     of_fake, _ = log_ratio(fake, interpolate(samples.detach(), eps, t), t, text)
-    return F.softplus(-of_real).mean() + F.softplus(of_fake).mean()
+    return F.softplus(-of_real).mean() + F.softplus(of_fake).mean()  # Eq. discriminator [arXiv:2405.14867]
 
 
 def js_weight(log_r: Tensor) -> Tensor:
     """f''(r) r^2 of f(r) = r log r - (r + 1) log((r + 1) / 2), which is r / (1 + r)."""
-    return log_r.sigmoid()
+    return log_r.sigmoid()  # Eq. f-JS [arXiv:2502.15681]
 
 
 def f_js(x: Tensor, s: MatchingContext) -> Tensor:
@@ -134,7 +134,7 @@ def f_js(x: Tensor, s: MatchingContext) -> Tensor:
 def gan_loss(x: Tensor, s: MatchingContext) -> Tensor:
     """The generator's non-saturating loss, -log D of the noised pictures with D = sigmoid(log r); the discriminator is the fake's head,
     trained by `ratio_loss`. DMD2 [arXiv:2405.14867]."""
-    return F.softplus(-log_ratio(s.fake, interpolate(x, s.eps, s.t), s.t, s.text)[0]).mean()
+    return F.softplus(-log_ratio(s.fake, interpolate(x, s.eps, s.t), s.t, s.text)[0]).mean()  # Eq. GAN [arXiv:2405.14867]
 
 
 # the mean discrepancy
@@ -153,7 +153,7 @@ def kernel(distances: Tensor, widths=WIDTHS) -> Tensor:
 def mmd_squared(xx: Tensor, xy: Tensor, yy: Tensor) -> Tensor:
     """Unbiased squared MMD from the kernel's values within and between two samples: no picture is compared with itself."""
     within = [(k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1)) for k in (xx, yy)]
-    return within[0] + within[1] - 2 * xy.mean()
+    return within[0] + within[1] - 2 * xy.mean()  # Eq. MMD [arXiv:2301.07969]
 
 
 def features(s: MatchingContext, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
