@@ -115,7 +115,7 @@ def measure_strip(args) -> None:
     """README's strip of pictures: the first held-out edits, one of each type."""
     from vlmedit.data.world import held_out
     from vlmedit.evaluation.editing import ask_judge, edit_examples, judge_by_oracle
-    from vlmedit.figures import strip, wrap
+    from vlmedit.figures import save, sheet, wrap
     from vlmedit.world.edits import EDIT_TYPES
 
     judge, examples, roles = load("judge"), held_out(2 * len(EDIT_TYPES), 0, EDIT_TYPES), ("warm", "editor")
@@ -130,7 +130,7 @@ def measure_strip(args) -> None:
     half = len(rows) // 2  # two edits per line
     lines = [(rows[i][0], [*rows[i][1], rows[i + half][0], *rows[i + half][1]]) for i in range(half)]
     join = lambda parts: [parts[i] + parts[i + half] for i in range(half)]
-    strip(lines, join(titles), RESULTS / "strip.png", ("reference", "warm start", "no-pair editor") * 2, join(frames))
+    save(sheet(lines, join(titles), ("reference", "warm start", "no-pair editor") * 2, join(frames)), RESULTS / "strip.png")
 
 
 def measure_foreign(args) -> None:

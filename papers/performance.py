@@ -42,11 +42,10 @@ from transformers import AutoTokenizer
 from vlmedit.kernels.inside import SWAPS, use
 
 from vlmedit.cli import read_settings, typed
-from vlmedit.config import ConfigError
 from vlmedit.cost import counting, plan
 from vlmedit.data.manifest import Feed, book_of, read_manifest
 from vlmedit.data.requests import Book
-from vlmedit.io import InputError
+from vlmedit.errors import ConfigError, InputError
 from vlmedit.networks import load as loading
 from vlmedit.networks.backbones import family_of
 from vlmedit.networks.judges import FAMILIES, Judge, preprocessor_settings

@@ -23,10 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
-from vlmedit.config import ConfigError
-from vlmedit.io import InputError, check_space, check_writable, disk_errors, save_json
-from vlmedit.world.edits import ImpossibleEdit
-from vlmedit.world.language import UnknownInstruction
+from vlmedit.errors import ConfigError, ImpossibleEdit, InputError, UnknownInstruction
+from vlmedit.io import check_space, check_writable, disk_errors, save_json
 
 BAD_INPUT, INTERRUPTED = 2, 130
 RUN_BYTES = 200 * 2**20  # disk space of a training run

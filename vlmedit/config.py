@@ -14,23 +14,28 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmedit.data.world import TASKS
-from vlmedit.equations.dmd import NORMS
-from vlmedit.equations.matching import OBJECTIVES
-from vlmedit.equations.rewards import REWARDS, WORDINGS
-from vlmedit.equations.training_free import EDITORS
-from vlmedit.equations.unroll import CALLS, RENOISE
-from vlmedit.world.edits import ALL_TYPES
+from vlmedit.errors import ConfigError
 
 TIERS = ("smoke", "laptop", "gpu")
+
+# The names of the choices, in the order of the tables that carry the same name where they are made (a test compares them): settings are
+# read without importing what they choose from.
+TASKS = ("edit", "customise", "both")  # vlmedit/data/world.py
+NORMS = ("sample", "pixel")  # vlmedit/equations/dmd.py
+OBJECTIVES = ("dmd", "f-js", "sid", "pseudo-huber", "mmd", "gan")  # vlmedit/equations/matching.py
+WITHOUT_FAKE = ("mmd",)  # those of them that need no model of the student's own pictures
+REWARDS = ("judge", "teacher")  # vlmedit/equations/rewards.py
+WORDINGS = ("schooled", "short", "turned", "bare")  # vlmedit/equations/rewards.py
+EDITORS = ("sdedit", "inversion", "flowedit")  # vlmedit/equations/training_free.py
+CALLS = ("one", "two", "mixed", "all")  # vlmedit/equations/unroll.py
+RENOISE = ("fresh", "same")  # vlmedit/equations/unroll.py
+POLICIES = ("euler", "exponential")  # vlmedit/equations/flow_grpo.py
+ALL_TYPES = ("add", "remove", "replace", "recolor", "texture", "background", "move", "style", "nothing", "customise")  # vlmedit/world/edits.py
+
 POSITIVE = ("lr", "fake_lr", "critic_lr", "clip", "spike", "time_shift", "sampler_shift", "ratio_clip", "advantage_clip", "pool", "sampler_steps")
 NOT_NEGATIVE = ("seed", "gain_steps", "warmup", "attack_from", "attack_steps", "attack_radius", "weight_decay", "fake_updates")  # and every weight
 SHARES = ("final_lr", "text_dropout", "attack_share", "mismatch")  # in [0, 1]
 MAKERS = ("twins", *EDITORS)  # of synthetic pairs: see vlmedit/methods/synthetic_pairs.py
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used: the message names it, its value and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,7 @@ class NPEditConfig(TrainConfig):
         self.check_choices(task=TASKS)
         if not 0 <= self.settled < 1:
             raise ConfigError(f"settled is {self.settled}; it is a share in [0, 1)")
-        if self.gan_weight and not (self.dmd_weight and OBJECTIVES.get(self.matching, OBJECTIVES["dmd"]).fake):
+        if self.gan_weight and (not self.dmd_weight or self.matching in WITHOUT_FAKE):
             raise ConfigError(f"gan_weight is {self.gan_weight}; its discriminator is a head of the fake score, which dmd_weight 0 and matching 'mmd' do not train")
         for name, off in (("second", None), ("wording", "schooled"), ("augment", False)):
             if self.reward != "judge" and getattr(self, name) != off:
@@ -418,7 +423,7 @@ class GRPOConfig(TrainConfig):
         self.check_counts("inner")
         if self.noise_level <= 0:
             raise ConfigError(f"noise_level is {self.noise_level}; without noise there is nothing to compare: it must be positive")
-        self.check_choices(policy=("euler", "exponential"), advantage_spread=("group", "batch"), task=TASKS)
+        self.check_choices(policy=POLICIES, advantage_spread=("group", "batch"), task=TASKS)
 
     @classmethod
     def tiers(cls):

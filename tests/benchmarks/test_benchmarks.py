@@ -8,12 +8,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers.photos import photo
 from PIL import Image
+from test_real_data import photo
 
 from vlmedit import benchmarks as b
 from vlmedit.cli import main
-from vlmedit.io import InputError
+from vlmedit.errors import InputError
 from vlmedit.networks.judges import load_judge
 from vlmedit.testing import random_models as tiny
 

@@ -19,8 +19,9 @@ from PIL import Image, ImageDraw
 import vlmedit
 from vlmedit import cli, doctor
 from vlmedit.cli import main
-from vlmedit.config import TIERS, ConfigError, JudgeConfig, TeacherConfig
+from vlmedit.config import TIERS, JudgeConfig, TeacherConfig
 from vlmedit.data.world import TEXT_LENGTH
+from vlmedit.errors import ConfigError
 from vlmedit.io import load_picture
 from vlmedit.methods.judge import build_judge
 from vlmedit.methods.teacher import train_teacher

@@ -7,13 +7,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers.scripts import script
+from test_papers import script
 from vlmedit.kernels import dispatch
 
 from vlmedit import kernels
-from vlmedit.config import ConfigError
 from vlmedit.cost import counting, plan
-from vlmedit.io import InputError
+from vlmedit.errors import ConfigError, InputError
 from vlmedit.testing import random_models as tiny
 
 performance = script("performance")

@@ -30,8 +30,9 @@ from vlmedit.data.world import (
     settle,
     unpaired_batch,
 )
+from vlmedit.errors import ImpossibleEdit
 from vlmedit.networks.text import build_tokenizer
-from vlmedit.world.edits import ALL_TYPES, ImpossibleEdit, apply_edit, check_edit
+from vlmedit.world.edits import ALL_TYPES, apply_edit, check_edit
 from vlmedit.world.language import caption, parse_instruction
 from vlmedit.world.render import render
 from vlmedit.world.verdict import edit_done, rest_kept

@@ -9,15 +9,16 @@ from helpers.tiny_models import SIDE, pictures, tiny_dit
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from vlmedit.config import BootstrapConfig, ConfigError, CycleGANConfig
+from vlmedit.config import BootstrapConfig, CycleGANConfig
 from vlmedit.data import world as data
 from vlmedit.data.world import UnpairedBatch, sample_example, unpaired_batch
 from vlmedit.equations.cycle import adversarial_loss, copy_loss, critic_loss, cycle_batch, cycle_loss, direction, inverse, prior_loss, route
+from vlmedit.errors import ConfigError, ImpossibleEdit
 from vlmedit.flow import interpolate, logit_normal_time, to_x0
 from vlmedit.methods.bootstrap import Bootstrap, train_bootstrap
 from vlmedit.methods.cyclegan_turbo import CycleGAN, train_cyclegan
 from vlmedit.networks.text import build_tokenizer
-from vlmedit.world.edits import EDIT_TYPES, ImpossibleEdit, apply_edit, check_edit, side_reached
+from vlmedit.world.edits import EDIT_TYPES, apply_edit, check_edit, side_reached
 from vlmedit.world.language import caption, parse_instruction
 
 TWO = (1.0, 0.5)

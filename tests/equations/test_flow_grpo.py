@@ -10,7 +10,7 @@ from helpers.tiny_models import SIDE, requests, tiny_dit, tiny_judge
 from safetensors.torch import load_file
 from torch.distributions import Independent, Normal, kl_divergence
 
-from vlmedit.config import ConfigError, GRPOConfig
+from vlmedit.config import GRPOConfig
 from vlmedit.equations.flow_grpo import (
     POLICIES,
     clipped_objective,
@@ -23,6 +23,7 @@ from vlmedit.equations.flow_grpo import (
     policy_means,
 )
 from vlmedit.equations.judge_loss import judge_loss
+from vlmedit.errors import ConfigError
 from vlmedit.flow import few_step_times, interpolate, step_euler, step_renoise
 from vlmedit.methods.flow_grpo import GRPO, repeated, train_grpo
 from vlmedit.methods.stages import STAGES

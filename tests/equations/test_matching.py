@@ -6,7 +6,7 @@ import torch
 from helpers.tiny_models import SIDE, pictures, requests, tiny_dit, tiny_judge
 from safetensors.torch import load_file
 
-from vlmedit.config import ConfigError, NPEditConfig
+from vlmedit.config import NPEditConfig
 from vlmedit.equations.dmd import dmd_gradient, dmd_loss, dmd_scores
 from vlmedit.equations.matching import (
     OBJECTIVES,
@@ -25,6 +25,7 @@ from vlmedit.equations.matching import (
     sid_loss,
     squared_distances,
 )  # fmt: skip
+from vlmedit.errors import ConfigError
 from vlmedit.flow import interpolate, to_x0
 from vlmedit.methods.npedit import NPEdit, train_npedit
 

@@ -8,10 +8,11 @@ import torch
 from helpers.tiny_models import SIDE, pictures, requests, tiny_dit, tiny_judge
 from torch import nn
 
-from vlmedit.config import ConfigError, NPEditConfig
+from vlmedit.config import NPEditConfig
 from vlmedit.equations.judge_loss import judge_loss
 from vlmedit.equations.matching import gan_loss
 from vlmedit.equations.rewards import LEVELS, REWARDS, SHIFT, WORDINGS, Panel, TeacherJudge, augmented, denoising_error, moved, reworded
+from vlmedit.errors import ConfigError
 from vlmedit.flow import flow_matching_loss, interpolate, logit_normal_time, velocity_target
 from vlmedit.methods import npedit as trainer
 from vlmedit.methods.npedit import NPEdit, train_npedit

@@ -13,12 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vlmedit.cli import main
-from vlmedit.config import ConfigError
 from vlmedit.data.world import held_out
+from vlmedit.errors import ConfigError, InputError
 from vlmedit.evaluation.editing import ask_judge, edit_examples
 from vlmedit.experiments import study
 from vlmedit.experiments.study import cells, costs, tables
-from vlmedit.io import InputError
 from vlmedit.methods.npedit import train_npedit
 from vlmedit.world.edits import EDIT_TYPES
 

@@ -10,8 +10,9 @@ from helpers.tiny_models import SIDE, pictures, requests, tiny_dit, tiny_judge
 from PIL import Image
 from safetensors.torch import load_file
 
-from vlmedit.config import ConfigError, DistillConfig, NPEditConfig, SFTConfig, WarmupConfig
+from vlmedit.config import DistillConfig, NPEditConfig, SFTConfig, WarmupConfig
 from vlmedit.data.world import unpaired_batch
+from vlmedit.errors import ConfigError
 from vlmedit.experiments import live as main_module
 from vlmedit.flow import guide, interpolate, to_x0
 from vlmedit.methods import npedit as module

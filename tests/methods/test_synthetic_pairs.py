@@ -5,9 +5,10 @@ import torch
 from helpers.tiny_models import SIDE, pictures, requests, tiny_dit, tiny_judge
 from safetensors.torch import load_file
 
-from vlmedit.config import ConfigError, SyntheticConfig
+from vlmedit.config import SyntheticConfig
 from vlmedit.data import world as data
 from vlmedit.equations.judge_loss import judge_loss
+from vlmedit.errors import ConfigError
 from vlmedit.flow import few_step_times, flow_matching_loss, guide, sample
 from vlmedit.methods import synthetic_pairs as module
 from vlmedit.methods.synthetic_pairs import Pool, approved, from_bytes, make_pairs, teacher_calls, to_bytes, train_synthetic

@@ -16,8 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from vlmedit.config import ConfigError
-from vlmedit.io import InputError
+from vlmedit.errors import ConfigError, InputError
 from vlmedit.networks import load as loading
 from vlmedit.networks import sharding
 from vlmedit.networks.backbones import load_transformer

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from vlmedit.io import InputError
+from vlmedit.errors import InputError
 from vlmedit.teaching import workshop
 
 ROOT = Path(__file__).parents[2]

@@ -28,7 +28,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vlmedit.cli import main, read_settings, typed
-from vlmedit.config import ConfigError
 from vlmedit.cost import plan
 from vlmedit.data.layouts import read_items
 from vlmedit.data.manifest import Feed, Order, book_of, load_fitted, nearest, read_manifest
@@ -36,8 +35,8 @@ from vlmedit.data.requests import Book
 from vlmedit.data.shards import write_shards
 from vlmedit.data.world import rng_for
 from vlmedit.equations.judge_loss import judge_loss
+from vlmedit.errors import ConfigError, InputError
 from vlmedit.flow import few_step_times, guide, sample
-from vlmedit.io import InputError
 from vlmedit.networks import load as loading
 from vlmedit.networks.backbones import Backbone, pack, unpack
 from vlmedit.networks.prompt_cache import PromptCache, pipeline_encoder

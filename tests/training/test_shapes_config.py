@@ -19,8 +19,8 @@ from vlmedit.data.requests import Book, Request, batch_of, from_example
 from vlmedit.data.world import batch_of as shape_batch
 from vlmedit.data.world import rng_for, sample_example
 from vlmedit.equations.unroll import rollout
+from vlmedit.errors import InputError
 from vlmedit.flow import few_step_times
-from vlmedit.io import InputError
 from vlmedit.methods.npedit import NPEdit
 from vlmedit.networks import load as loading
 from vlmedit.networks.backbones import backbone_of, load_transformer

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from vlmedit.data.judge_lessons import lesson
 from vlmedit.data.world import TEXT_LENGTH, sample_example
+from vlmedit.errors import UnknownInstruction
 from vlmedit.networks.text import UNK, build_tokenizer, encode
 from vlmedit.world import language
 from vlmedit.world.edits import ALL_TYPES, Edit, apply_edit
 from vlmedit.world.language import (
     SYNONYMS,
     TEMPLATES,
-    UnknownInstruction,
     caption,
     edit_question,
     grammar,

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from vlmedit.cost import counting
 from vlmedit.cost.counting import GB, Call
 from vlmedit.data.manifest import book_of, read_manifest
-from vlmedit.io import InputError
+from vlmedit.errors import InputError
 from vlmedit.networks import judges
 from vlmedit.networks.backbones import Channels, backbone_of, family_of
 from vlmedit.networks.codec import AutoencoderCodec, PixelCodec

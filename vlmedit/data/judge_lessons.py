@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmedit.data.world import TEXT_LENGTH, Batch, Example, ground, rng_for, sample_example, target_of
+from vlmedit.errors import ImpossibleEdit
 from vlmedit.networks.text import END, NO, PAD, YES, build_tokenizer, encode
-from vlmedit.world.edits import ALL_TYPES, EDIT_TYPES, Edit, ImpossibleEdit, apply_edit, sample_edit
+from vlmedit.world.edits import ALL_TYPES, EDIT_TYPES, Edit, apply_edit, sample_edit
 from vlmedit.world.language import DESCRIBE, PRESENCE, Question, caption, edit_question, identity_question, instruct
 from vlmedit.world.render import render
 from vlmedit.world.scene import COLORS, SHAPES, TEXTURES, Scene, Thing, can_wear, sample_scene

@@ -37,7 +37,8 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from vlmedit.data.requests import Request
-from vlmedit.io import FORMATS, InputError, _check_header, some, to_rgb, write_atomic
+from vlmedit.errors import InputError
+from vlmedit.io import FORMATS, _check_header, some, to_rgb, write_atomic
 
 TYPES = ("add", "remove", "replace", "color", "material", "shape", "background", "style", "action", "text", "other")  # the paper's, and the rest
 SKIPPED = {

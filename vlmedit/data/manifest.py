@@ -31,8 +31,9 @@ from vlmedit.data.layouts import read_items
 from vlmedit.data.requests import QUESTIONS, Book, Request, batch_of
 from vlmedit.data.shards import Place, shard_rows
 from vlmedit.data.world import UnpairedBatch, rng_for
-from vlmedit.io import BROKEN, InputError, some, to_rgb
-from vlmedit.world.language import TEMPLATES, UnknownInstruction
+from vlmedit.errors import InputError, UnknownInstruction
+from vlmedit.io import BROKEN, some, to_rgb, to_tensor
+from vlmedit.world.language import TEMPLATES
 
 SAME = {  # names of edit types in other data, as ours
     "addition": "add", "insert": "add", "insertion": "add", "removal": "remove", "delete": "remove", "recolor": "color", "colour": "color",
@@ -136,7 +137,7 @@ def load_fitted(path: Place, size: tuple[int, int]) -> Tensor:
     except BROKEN as error:
         raise InputError(f"{path}: the picture is damaged ({error}); {MEND}") from None
     fitted = ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
+    return to_tensor(fitted)
 
 
 class Order:

@@ -29,7 +29,8 @@ from pathlib import Path
 from PIL import Image
 
 from vlmedit.data.layouts import Item, parquet_library, whole_parquet
-from vlmedit.io import BROKEN, InputError, disk_errors, some, write_atomic
+from vlmedit.errors import InputError
+from vlmedit.io import BROKEN, disk_errors, some, write_atomic
 
 SHARDS = ("tar", "parquet")
 WORDS = tuple(f.name for f in fields(Item) if f.name != "image")

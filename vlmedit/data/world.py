@@ -15,13 +15,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from vlmedit.errors import ImpossibleEdit
+from vlmedit.io import to_image, to_tensor
 from vlmedit.networks.text import encode
-from vlmedit.world.edits import ALL_TYPES, Edit, ImpossibleEdit, apply_edit, sample_edit
+from vlmedit.world.edits import ALL_TYPES, Edit, apply_edit, sample_edit
 from vlmedit.world.language import Question, caption, edit_question, identity_question, instruct
 from vlmedit.world.render import render
 from vlmedit.world.scene import BACKGROUNDS, COLORS, SHAPES, SIDES, STYLES, TEXTURES, Scene, sample_scene
@@ -101,10 +102,9 @@ def seed_torch(*parts) -> None:
 
 def jpeg(image: Tensor, quality: int) -> Tensor:
     """One picture (3, S, S) in [-1, 1] through a JPEG encoder."""
-    pixels = ((image.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=0)
-    return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1).float() / 127.5 - 1
+    to_image(image).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return to_tensor(Image.open(buffer))
 
 
 def sample_example(rng: random.Random, kinds: Sequence[str] | dict[str, float]) -> Example:

@@ -35,9 +35,10 @@ from vlmedit.data.world import (
     settle,
 )
 from vlmedit.equations.matching import log_ratio
+from vlmedit.errors import ImpossibleEdit
 from vlmedit.flow import Velocity, guide, interpolate, to_x0
 from vlmedit.networks.text import encode
-from vlmedit.world.edits import Edit, ImpossibleEdit, apply_edit, check_edit, side_reached
+from vlmedit.world.edits import Edit, apply_edit, check_edit, side_reached
 from vlmedit.world.language import instruct
 from vlmedit.world.scene import SIDES, Scene
 

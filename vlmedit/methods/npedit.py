@@ -26,13 +26,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from vlmedit.config import ConfigError, NPEditConfig
+from vlmedit.config import NPEditConfig
 from vlmedit.data.world import TASKS, UnpairedBatch, rng_for, unpaired_batch
 from vlmedit.equations.dmd import draw_dmd_time, fake_score_loss
 from vlmedit.equations.judge_loss import gain_ramp
 from vlmedit.equations.matching import OBJECTIVES, Setting, gan_loss, ratio_head, ratio_loss
 from vlmedit.equations.rewards import REWARDS, Panel
 from vlmedit.equations.unroll import draw_times, rollout
+from vlmedit.errors import ConfigError
 from vlmedit.flow import flow_matching_loss, logit_normal_time
 from vlmedit.networks.codec import Codec, PixelCodec
 from vlmedit.networks.dit import DiT

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
-from vlmedit.config import ConfigError
 from vlmedit.data.requests import Book
 from vlmedit.data.world import seed_torch
-from vlmedit.io import InputError
+from vlmedit.errors import ConfigError, InputError
 from vlmedit.networks import judges
 from vlmedit.networks.backbones import Backbone, Channels, ZImage, backbone_of, family_of, load_transformer, widen
 from vlmedit.networks.codec import AutoencoderCodec, PixelCodec

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from vlmedit.io import InputError, save_json
+from vlmedit.errors import InputError
+from vlmedit.io import save_json
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.prompts import TextBank, encode_prompts
 from vlmedit.networks.text import encode

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vlmedit.config import ConfigError
+from vlmedit.errors import ConfigError
 
 
 def wanted(config, accelerator: Accelerator) -> bool:

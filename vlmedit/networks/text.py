@@ -35,6 +35,11 @@ def encode(texts: list[str], length: int, tokenizer: PreTrainedTokenizerFast | N
     return torch.tensor(ids)
 
 
+def words(ids: Tensor) -> str:
+    """The text of one row of ids (L,), without padding."""
+    return build_tokenizer().decode(ids, skip_special_tokens=True)
+
+
 class TextEncoder(nn.Module):
     """A small bidirectional transformer: ids (B, L) -> states (B, L, width). Padding positions act as registers."""
 

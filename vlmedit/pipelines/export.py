@@ -32,7 +32,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlmedit.io import InputError, check_space, save_json
+from vlmedit.errors import InputError
+from vlmedit.io import check_space, save_json
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.hub import reachable
 from vlmedit.networks.lora import AdapterRole
@@ -42,7 +43,7 @@ from vlmedit.pipelines.shapes import EditPipeline
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PIPELINES = {"FluxTransformer2DModel": "FluxKontextPipeline", "Flux2Transformer2DModel": "Flux2KleinPipeline"}  # of diffusers; the others run in CODE
 KINDS = ("full", "adapter")
-CODE = Path(__file__).with_name("few_step_edit.py")
+CODE = Path(__file__).with_name("few_step_edit_pipeline.py")
 ABOUT = "editor.json"  # what an exported folder is
 TEXT_LENGTH = 512  # tokens that diffusers' own pipelines encode by default
 HUB_ERRORS = (*HfHubHTTPError.__bases__, RuntimeError)  # its HTTP client's errors, whichever client its version has, and OSError

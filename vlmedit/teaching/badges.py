@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 import nbformat
 
-from vlmedit.io import InputError
+from vlmedit.errors import InputError
 from vlmedit.teaching.runner import FOLDER
 from vlmedit.teaching.workshop import without_outputs
 

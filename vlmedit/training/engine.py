@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlmedit.config import ConfigError, TrainConfig
+from vlmedit.config import TrainConfig
 from vlmedit.data.world import seed_torch
+from vlmedit.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -26,19 +26,18 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch._dynamo import list_backends
 
 from vlmedit import io as pictures
-from vlmedit.config import ConfigError
 from vlmedit.data.manifest import Feed, book_of, check_questions, read_manifest
 from vlmedit.data.requests import Book
 from vlmedit.data.world import UnpairedBatch, rng_for, seed_torch
 from vlmedit.equations.unroll import draw_times
+from vlmedit.errors import ConfigError, InputError
 from vlmedit.flow import flow_matching_loss, guide, logit_normal_time
-from vlmedit.io import InputError, check_space, save_json
+from vlmedit.io import check_space, save_json
 from vlmedit.methods.npedit import NPEdit
 from vlmedit.networks.load import (
     check_backbone,
@@ -81,7 +80,7 @@ class Guided(nn.Module):
         v = self.teacher(x, t, text)
         if not self.always and bool((self.scale == 1).all()):
             return v
-        return guide(v, self.teacher(x, t, torch.zeros_like(text)), self.scale.to(x).view(-1, 1, 1, 1))
+        return guide(v, self.teacher(x, t, torch.zeros_like(text)), self.scale.to(x))
 
 
 class Waiting:
@@ -233,18 +232,13 @@ class RealRun(Run):
             return
         shown, labels = [], []
         for reference, edit, words, kind in zip(batch.reference[:STRIP], output[:STRIP], prompts.look_up(batch.instruction), batch.types):
-            shown += [to_image(reference), to_image(edit)]
+            shown += [pictures.to_image(reference), pictures.to_image(edit)]
             labels += [kind, words[:60]]
         strip = pictures.strip(shown, labels, f"update {index + 1}")
         (self.folder / "strips").mkdir(exist_ok=True)
         pictures.save_picture(strip, self.folder / "strips" / f"{index + 1:06d}.png")
         if self.writer:
             self.writer.add_strip(strip, index + 1)
-
-
-def to_image(picture: Tensor) -> Image.Image:
-    pixels = ((picture.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def prepared(config: RealConfig, folder: Path | None = None) -> RealConfig:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from PIL import Image
 
-from vlmedit.config import ConfigError
+from vlmedit.errors import ConfigError
 from vlmedit.io import save_json
 from vlmedit.training.settings import RealConfig
 

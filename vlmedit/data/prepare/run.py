@@ -54,8 +54,9 @@ from vlmedit.data.prepare.proposals import (
     parse_proposal,
     plain,
 )
-from vlmedit.io import InputError, disk_errors, save_json, to_rgb, write_atomic
-from vlmedit.networks.judges.text_vlm import Writer, identity_of, to_tensor
+from vlmedit.errors import InputError
+from vlmedit.io import disk_errors, save_json, to_rgb, to_tensor, write_atomic
+from vlmedit.networks.judges.text_vlm import Writer, identity_of
 
 ANSWER_TOKENS = 160
 THUMB, SHOWN = 192, 60  # pixels and number of the report's pictures

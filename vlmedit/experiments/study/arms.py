@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vlmedit.io import InputError
+from vlmedit.errors import InputError
 
 
 class Share(float):

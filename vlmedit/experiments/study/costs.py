@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from vlmedit.errors import InputError
 from vlmedit.experiments.study.arms import find
 from vlmedit.experiments.study.plans import EQUAL, Plan, digest, prepare, short_hash
-from vlmedit.io import InputError, save_json
+from vlmedit.io import save_json
 from vlmedit.methods.stages import STAGES
 
 PILOT, UNTIMED = 24, 2  # updates of an arm's pilot, and how many of them warm up

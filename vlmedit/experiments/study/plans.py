@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmedit.config import TrainConfig
+from vlmedit.errors import InputError
 from vlmedit.experiments.study.arms import WAYS, Arm, Role, Share, find, nearest
-from vlmedit.io import InputError, check_space, check_writable
+from vlmedit.io import check_space, check_writable
 from vlmedit.methods.stages import STAGES
 from vlmedit.pipelines.shapes import checkpoint
 

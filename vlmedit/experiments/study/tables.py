@@ -7,9 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vlmedit.errors import InputError
 from vlmedit.experiments.study.arms import STUDIES, find
 from vlmedit.experiments.study.plans import EQUAL, RESULTS, Plan, cell_file
-from vlmedit.io import InputError, save_json
+from vlmedit.io import save_json
 
 FIGURES = ("success", "done", "kept", "on_manifold", "keep_psnr", "manifold_psnr", "p_edit", "p_identity", "hacking_gap", "held_out_gap", "calibration")
 SHARES = FIGURES[:4]
