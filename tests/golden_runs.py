@@ -91,9 +91,10 @@ def start_stage(stage: str, settings: dict, out: Path) -> Iterator:
 
 def start_real(part: str, file: str, settings: dict, out: Path) -> Iterator:
     """The generator of a run on real models: `part` edit or copy, a shipped file's settings below the given ones."""
-    from vlmedit.cli import read_settings, typed
     from vlmedit.real.settings import CONFIGS, CopyConfig, RealConfig
     from vlmedit.real.train import train_copy, train_real
+
+    from vlmedit.cli import read_settings, typed
 
     config_class, train = {"edit": (RealConfig, train_real), "copy": (CopyConfig, train_copy)}[part]
     given = {**read_settings(CONFIGS / file), **settings, "out": str(out)}

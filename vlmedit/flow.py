@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> v
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 def _like(t: Tensor | float, x: Tensor) -> Tensor:
@@ -53,6 +53,21 @@ def to_velocity(x: Tensor, x0: Tensor, t: Tensor | float) -> Tensor:
 def guide(cond: Tensor, uncond: Tensor, w: Tensor | float) -> Tensor:
     """Classifier-free guidance in NP-Edit's form (method.md 1.7): w = 1 is `cond`, w = 0 is `uncond`, w (B,) a scale per row."""
     return uncond + (_like(w, cond) if isinstance(w, Tensor) else w) * (cond - uncond)
+
+
+def noise_like(shape: Sequence[int], generator: Generators = None, device=None, dtype=None) -> Tensor:
+    """Standard normal noise of a shape, to the bit what diffusers draws. A list of generators holds one per row.
+
+    Generators of the CPU draw there, so that a seed means the same noise on every device; torch raises a RuntimeError for
+    generators of any other device than the noise's.
+    """
+    device = torch.device("cpu" if device is None else device)
+    each = generator if isinstance(generator, list) else [generator]
+    place = torch.device("cpu") if each[0] is not None and each[0].device.type == "cpu" else device
+    if len(each) == 1:
+        return torch.randn(tuple(shape), generator=each[0], device=place, dtype=dtype).to(device)
+    rows = [torch.randn((1, *shape[1:]), generator=each[row], device=place, dtype=dtype) for row in range(shape[0])]
+    return torch.cat(rows).to(device)
 
 
 def shift_time(u: Tensor | float, shift: float) -> Tensor | float:
@@ -108,7 +123,7 @@ SAMPLERS = {"euler": step_euler, "renoise": step_renoise, "corrector": step_corr
 
 
 @torch.no_grad()
-def sample(velocity: Velocity, x: Tensor, times: Sequence[float], sampler: str = "euler", generator=None) -> Tensor:
+def sample(velocity: Velocity, x: Tensor, times: Sequence[float], sampler: str = "euler", generator: Generators = None) -> Tensor:
     """Integrate from noise `x` at times[0] down to 0, one network call per entry of `times`. A list of generators holds one
     per sample.
 
@@ -121,6 +136,6 @@ def sample(velocity: Velocity, x: Tensor, times: Sequence[float], sampler: str =
         raise ValueError(f"times must fall strictly towards 0, at least one of them, got {list(times)}")
     for t, s in zip(stops, stops[1:]):
         v = velocity(x, torch.full((len(x),), t, device=x.device, dtype=x.dtype))
-        noise = randn_tensor(tuple(x.shape), generator=generator, device=x.device, dtype=x.dtype) if sampler != "euler" else None
+        noise = noise_like(x.shape, generator, x.device, x.dtype) if sampler != "euler" else None
         x = SAMPLERS[sampler](x, v, t, s, noise)
     return x

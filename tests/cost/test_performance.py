@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers.scripts import script
+from test_papers import script
 from vlmedit.kernels import dispatch
 
 from vlmedit import kernels

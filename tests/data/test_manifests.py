@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.photos import photo
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from vlmedit.cli import main
 from vlmedit.data import shards as sh
@@ -27,10 +26,22 @@ from vlmedit.data.requests import Book, batch_of
 from vlmedit.data.shards import read_shards, write_shards
 from vlmedit.data.tables import parquet_rows
 from vlmedit.errors import InputError
+from vlmedit.io import to_tensor
 from vlmedit.networks.judges import text_vlm as writers
 from vlmedit.testing import random_models as tiny
 
 FIELDS = ["image", "instruction", "type", "object", "caption", "target_caption"]
+
+
+def photo(seed: int, size=(96, 64)) -> Image.Image:
+    """A picture of its own: smooth noise with a few shapes."""
+    rng = np.random.default_rng(seed)
+    rough = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(rough)
+    for _ in range(3):
+        x, y = rng.integers(0, size[0] - 20), rng.integers(0, size[1] - 20)
+        draw.ellipse((int(x), int(y), int(x) + 18, int(y) + 18), fill=tuple(int(v) for v in rng.integers(0, 255, 3)))
+    return rough
 
 
 @pytest.fixture
@@ -188,7 +199,7 @@ def test_pictures_are_shown_as_the_trainer_shows_them(tmp_path):
     assert len(shown) == 4 and shown["turned.jpg"].size == (64, 96)
     for name, image in shown.items():
         fitted = load_fitted(folder / name, image.size)
-        assert (fitted - writers.to_tensor(image, 999)).abs().max() < 1e-6, name
+        assert (fitted - to_tensor(image, 999)).abs().max() < 1e-6, name
     assert np.asarray(shown["deep.png"]).std() > 50  # not clipped to white
     assert np.asarray(shown["Bücher 图/glass.png"])[0].mean() > 250  # transparent is paper
     run(folder, tmp_path / "out", Script(), batch=3)

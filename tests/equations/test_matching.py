@@ -6,8 +6,6 @@ import torch
 from helpers.tiny_models import SIDE, pictures, requests, tiny_dit, tiny_judge
 from safetensors.torch import load_file
 
-from vlmedit.errors import ConfigError
-from vlmedit.methods.npedit import NPEditConfig
 from vlmedit.equations.dmd import dmd_gradient, dmd_loss, dmd_scores
 from vlmedit.equations.matching import (
     OBJECTIVES,
@@ -25,9 +23,10 @@ from vlmedit.equations.matching import (
     ratio_loss,
     sid_loss,
     squared_distances,
-)
+)  # fmt: skip
+from vlmedit.errors import ConfigError
 from vlmedit.flow import interpolate, to_x0
-from vlmedit.methods.npedit import NPEdit, train_npedit
+from vlmedit.methods.npedit import NPEdit, NPEditConfig, train_npedit
 
 MEAN, STD = -0.3, 0.5  # the teacher's Gaussian
 STUDENTS = ((0.8, 0.4), (-1.0, 0.7), (-0.3, 0.2))  # mean and standard deviation

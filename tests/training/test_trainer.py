@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from vlmedit.methods.stages import STAGES as ALL_STAGES
 
+from vlmedit import config as stated
 from vlmedit.config import TIERS, TrainConfig
 from vlmedit.data.batches import TEXT_LENGTH
 from vlmedit.data.world import captioned_batch
@@ -454,6 +456,44 @@ def test_update_randomness_is_of_seed_index_and_process(tmp_path):
 
 
 # --- configuration
+
+
+TABLES = {  # the names of choices that settings state, and the module whose table of the same name they are the keys of
+    "TASKS": "vlmedit.data.world", "NORMS": "vlmedit.equations.dmd", "OBJECTIVES": "vlmedit.equations.matching", "REWARDS": "vlmedit.equations.rewards", "WORDINGS": "vlmedit.equations.rewards",
+    "EDITORS": "vlmedit.equations.training_free", "CALLS": "vlmedit.equations.unroll", "RENOISE": "vlmedit.equations.unroll", "POLICIES": "vlmedit.equations.flow_grpo",
+    "ALL_TYPES": "vlmedit.world.edits",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_names_of_choices_are_the_keys_of_their_tables(name):
+    """In the tables' own order, which is the order of the messages."""
+    assert getattr(stated, name) == tuple(getattr(import_module(TABLES[name]), name))
+
+
+def test_the_other_names_that_settings_state_are_right():
+    """Who needs no fake score; a real run's questions, and its objectives, which are some of the miniature's."""
+    from vlmedit.data import requests
+    from vlmedit.equations.matching import OBJECTIVES
+    from vlmedit.training import settings
+
+    assert stated.WITHOUT_FAKE == tuple(name for name, objective in OBJECTIVES.items() if not objective.fake)
+    assert settings.QUESTIONS == tuple(requests.QUESTIONS)
+    assert set(settings.MATCHING) <= set(OBJECTIVES)
+
+
+def test_reading_settings_needs_no_torch():
+    """Settings of every stage and of real runs are there without torch, the world or any other module of the package but the errors."""
+    code = """
+import sys, vlmedit.config, vlmedit.training.settings
+heavy = [m for m in ('torch', 'numpy', 'PIL', 'diffusers', 'transformers') if m in sys.modules]
+print(heavy, sorted(m for m in sys.modules if m.startswith('vlmedit.')))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    known = ["vlmedit.errors", "vlmedit.real", "vlmedit.training.settings", "vlmedit.train", "vlmedit.config"]
+    assert done.stdout.split(maxsplit=1) == ["[]", f"{known}\n"]
+
 
 
 def test_unknown_keys_and_tiers_show_the_nearest():

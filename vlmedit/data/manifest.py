@@ -33,7 +33,7 @@ from vlmedit.data.layouts import read_items
 from vlmedit.data.requests import QUESTIONS, Book, Prompts, Request, batch_of
 from vlmedit.data.shards import PictureSource, shard_rows
 from vlmedit.errors import InputError, UnknownInstruction
-from vlmedit.io import BROKEN, some, to_rgb
+from vlmedit.io import BROKEN, some, to_rgb, to_tensor
 from vlmedit.seeds import rng_for
 from vlmedit.world.language import TEMPLATES
 
@@ -139,7 +139,7 @@ def load_fitted(path: PictureSource, size: tuple[int, int]) -> Tensor:
     except BROKEN as error:
         raise InputError(f"{path}: the picture is damaged ({error}); {MEND}") from None
     fitted = ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
+    return to_tensor(fitted)
 
 
 class Order:

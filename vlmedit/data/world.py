@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,6 +19,7 @@ from vlmedit.config import TrainConfig, WorldConfig
 from vlmedit.data.batches import TEXT_LENGTH, Batch, CaptionedBatch, PairedBatch, ReadingBatch, UnpairedBatch
 from vlmedit.data.requests import Request, batch_of
 from vlmedit.errors import ImpossibleEdit
+from vlmedit.io import to_image, to_tensor
 from vlmedit.seeds import rng_for
 from vlmedit.world.edits import ALL_TYPES, Edit, apply_edit, sample_edit
 from vlmedit.world.language import caption, edit_question, instruct
@@ -51,10 +51,9 @@ class Example:
 
 def jpeg(image: Tensor, quality: int) -> Tensor:
     """One picture (3, S, S) in [-1, 1] through a JPEG encoder."""
-    pixels = ((image.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=0)
-    return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1).float() / 127.5 - 1
+    to_image(image).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return to_tensor(Image.open(buffer))
 
 
 def sample_example(rng: random.Random, kinds: Sequence[str] | dict[str, float]) -> Example:

@@ -21,10 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from vlmedit.flow import SAMPLERS, Velocity, to_x0
+from vlmedit.flow import SAMPLERS, Velocity, noise_like, to_x0
 
 Loss = Callable[[Tensor], Tensor]  # pictures (B, 3, S, S) -> (B,)
 
@@ -108,7 +107,7 @@ def steer(
             now = reward(to_x0(x, v, t))
             rows = resample(strength * (now - before), particles, generator)  # Eq. weights [arXiv:2501.06848]
             x, v, before = x[rows], v[rows], now[rows]
-        eps = randn_tensor(tuple(x.shape), generator=generator, device=x.device, dtype=x.dtype) if sampler != "euler" else None
+        eps = noise_like(x.shape, generator, x.device, x.dtype) if sampler != "euler" else None
         x = SAMPLERS[sampler](x, v, t, s, eps)
     if particles == 1:
         return x

@@ -32,7 +32,7 @@ def report(config: NPEditConfig, tier: str = "laptop") -> dict:
     """Evaluate the warm start, the live editor and the shipped editor by the oracle; write `metrics.json` and `edits.png`."""
     from vlmedit.evaluation.editing import evaluate_student
     from vlmedit.evaluation.judge import ask_judge
-    from vlmedit.figures import strip, wrap
+    from vlmedit.figures import save, sheet, wrap
     from vlmedit.networks.dit import DiT
     from vlmedit.networks.judge import JudgeModel
 
@@ -52,7 +52,7 @@ def report(config: NPEditConfig, tier: str = "laptop") -> dict:
         titles.append([wrap(some.examples[i].instruction)] + [f"P(yes) {p[k][i]:.2f}, oracle: {verdict(k)}" for k in folders])
         frames.append([None] + [judged[k].verdicts[i].success for k in folders])
     out = Path(config.out)
-    strip(rows, titles, out / "edits.png", ("reference", *folders), frames)
+    save(sheet(rows, titles, ("reference", *folders), frames), out / "edits.png")
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
 

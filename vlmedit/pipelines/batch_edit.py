@@ -15,11 +15,22 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from vlmedit.errors import ImpossibleEdit, InputError, UnknownInstruction
-from vlmedit.io import Picture, Request, check_ending, check_space, check_writable, gather, load_picture, save_json, save_picture, strip
+from vlmedit.io import (
+    Picture,
+    Request,
+    check_ending,
+    check_space,
+    check_writable,
+    gather,
+    load_picture,
+    save_json,
+    save_picture,
+    strip,
+    to_tensor,
+)
 from vlmedit.world.edits import Edit, check_edit
 from vlmedit.world.language import grammar, parse_instruction
 
@@ -150,7 +161,7 @@ def impossible(ready: list[tuple[Request, Picture, Edit]]) -> list[str]:
 
     from vlmedit.world.oracle import parse
 
-    views = torch.from_numpy(np.stack([np.asarray(p.view) for _, p, _ in ready])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    views = torch.stack([to_tensor(p.view) for _, p, _ in ready])
     problems = []
     for (request, _, edit), reading in zip(ready, parse(views)):
         if reading.manifold_psnr >= RELIABLE_PSNR:

@@ -43,7 +43,7 @@ from vlmedit.pipelines.shapes import EditPipeline
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PIPELINES = {"FluxTransformer2DModel": "FluxKontextPipeline", "Flux2Transformer2DModel": "Flux2KleinPipeline"}  # of diffusers; the others run in CODE
 KINDS = ("full", "adapter")
-CODE = Path(__file__).with_name("few_step_edit.py")
+CODE = Path(__file__).with_name("few_step_edit_pipeline.py")
 ABOUT = "editor.json"  # what an exported folder is
 TEXT_LENGTH = 512  # tokens that diffusers' own pipelines encode by default
 HUB_ERRORS = (*HfHubHTTPError.__bases__, RuntimeError)  # its HTTP client's errors, whichever client its version has, and OSError

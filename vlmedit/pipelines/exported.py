@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from vlmedit.data.requests import Request
 from vlmedit.errors import InputError
-from vlmedit.io import _decode, to_rgb
+from vlmedit.io import _decode, to_rgb, to_tensor
 from vlmedit.networks.hub import looks_like_id, reachable
 from vlmedit.networks.judges import Judge
 from vlmedit.networks.prompt_cache import DTYPE
@@ -192,8 +191,7 @@ class Editor:
 
     def pixels(self, image: Image.Image) -> Tensor:
         """(3, H, W) in [-1, 1], where the judge is."""
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
-        return pixels.to(self.judge.mean.device)
+        return to_tensor(image).to(self.judge.mean.device)
 
     def best_of(self, view: Image.Image, instruction: str, n: int, **settings) -> EditOutput:
         """Of `n` samples the one the judge likes best (p_edit * p_identity)."""

@@ -31,13 +31,13 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils import logging as diffusers_logging
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from vlmedit import flow
+from vlmedit.io import to_tensor
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judge import JudgeModel
 from vlmedit.seeds import rng_for
@@ -86,7 +86,7 @@ def to_pixels(image: Pictures, side: int) -> Tensor:
         if image.width != image.height:
             raise ValueError(f"a picture is {image.width}x{image.height}; this model reads squares: crop or pad it first")
         small = image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        return to_tensor(small)[None]
     if not isinstance(image, Tensor):
         raise ValueError(f"a picture is a {type(image).__name__}; pass PIL pictures or a float tensor (B, 3, {side}, {side}) in [-1, 1]")
     image = image[None] if image.ndim == 3 else image
@@ -195,7 +195,7 @@ class EditPipeline(DiffusionPipeline):
         if seed is not None:
             generator = generators(seed, len(texts), num_samples)
         shape = (len(texts) * num_samples, *reference.shape[1:])
-        noise = randn_tensor(shape, generator=generator, device=reference.device, dtype=reference.dtype)
+        noise = flow.noise_like(shape, generator, reference.device, reference.dtype)
         student = self.velocity(reference, texts, num_samples)
         with self.progress_bar(total=num_inference_steps) as bar:
 

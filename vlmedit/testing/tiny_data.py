@@ -17,10 +17,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-from vlmedit.data.world import EDIT_SHARES, FULFILLABLE_TYPES, from_example, references, sample_example, settle
+from vlmedit.data.world import EDIT_SHARES, FULFILLABLE_TYPES, as_fulfilled, from_example, references, sample_example
 from vlmedit.errors import InputError
+from vlmedit.io import to_image
 from vlmedit.pipelines.shapes import assemble, checkpoint
 from vlmedit.seeds import rng_for
 from vlmedit.testing import random_models as tiny
@@ -172,9 +172,8 @@ def save_data(folder: Path, rows: int = ROWS, seed: int = 0) -> Path:
     for i in range(rows):
         example = sample_example(rng_for("tiny", seed, i), EDIT_SHARES)
         request = from_example(example)
-        pixels = ((render([example.scene], 64)[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
         size = [(64, 64), (96, 48), (48, 96)][i % 3]
-        Image.fromarray(pixels).resize(size).save(folder / f"{i:03d}.png")
+        to_image(render([example.scene], 64)[0]).resize(size).save(folder / f"{i:03d}.png")
         words = dict(type=KINDS.get(request.type, request.type), object=request.thing, target_caption=request.target_caption, caption=request.reference_caption)
         lines.append(json.dumps({"image": f"{i:03d}.png", "instruction": request.instruction, **words}))
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
@@ -185,11 +184,11 @@ def save_squares(folder: Path, rows: int = SQUARES, seed: int = 0) -> Path:
     """A manifest of the requests that the miniature trains on, their pictures as it draws them: 32 x 32, some through JPEG."""
     rng = rng_for("squares", seed)
     examples = [sample_example(rng, EDIT_SHARES) for _ in range(rows)]
-    examples = [settle(e, rng) if e.edit.type in FULFILLABLE_TYPES and rng.random() < SETTLED else e for e in examples]
+    examples = [as_fulfilled(e, rng) if e.edit.type in FULFILLABLE_TYPES and rng.random() < SETTLED else e for e in examples]
     lines = []
     for i, (example, picture) in enumerate(zip(examples, references(examples, 32, rng))):
         request = from_example(example)
-        Image.fromarray(((picture.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()).save(folder / f"{i:05d}.png")
+        to_image(picture).save(folder / f"{i:05d}.png")
         words = dict(type=request.type, object=request.thing, target_caption=request.target_caption, caption=request.reference_caption)
         lines.append(json.dumps({"image": f"{i:05d}.png", "instruction": request.instruction, **words}))
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")

@@ -55,8 +55,8 @@ from vlmedit.data.prepare.proposals import (
 )
 from vlmedit.data.prepare.report import finish
 from vlmedit.errors import InputError
-from vlmedit.io import write_atomic
-from vlmedit.networks.judges.text_vlm import Writer, identity_of, to_tensor
+from vlmedit.io import to_tensor, write_atomic
+from vlmedit.networks.judges.text_vlm import Writer, identity_of
 
 ANSWER_TOKENS = 160
 
