@@ -18,7 +18,7 @@ from vlmedit.errors import ConfigError
 
 TIERS = ("smoke", "laptop", "gpu")
 
-# The names of the choices, in the order of the tables that carry the same name where they are made (a test compares them): settings are
+# The names of the choices, in the order of the tables of the same name, which a test compares with them: settings are
 # read without importing what they choose from.
 TASKS = ("edit", "customise", "both")  # vlmedit/data/world.py
 NORMS = ("sample", "pixel")  # vlmedit/equations/dmd.py
@@ -30,7 +30,9 @@ EDITORS = ("sdedit", "inversion", "flowedit")  # vlmedit/equations/training_free
 CALLS = ("one", "two", "mixed", "all")  # vlmedit/equations/unroll.py
 RENOISE = ("fresh", "same")  # vlmedit/equations/unroll.py
 POLICIES = ("euler", "exponential")  # vlmedit/equations/flow_grpo.py
-ALL_TYPES = ("add", "remove", "replace", "recolor", "texture", "background", "move", "style", "nothing", "customise")  # vlmedit/world/edits.py
+ALL_TYPES = (  # vlmedit/world/edits.py
+    "add", "remove", "replace", "recolor", "texture", "background", "move", "style", "nothing", "customise",
+)  # fmt: skip
 
 POSITIVE = ("lr", "fake_lr", "critic_lr", "clip", "spike", "time_shift", "sampler_shift", "ratio_clip", "advantage_clip", "pool", "sampler_steps")
 NOT_NEGATIVE = ("seed", "gain_steps", "warmup", "attack_from", "attack_steps", "attack_radius", "weight_decay", "fake_updates")  # and every weight
