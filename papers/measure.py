@@ -138,7 +138,8 @@ def measure_strip(args) -> None:
     half = len(rows) // 2  # two edits per line
     lines = [(rows[i][0], [*rows[i][1], rows[i + half][0], *rows[i + half][1]]) for i in range(half)]
     join = lambda parts: [parts[i] + parts[i + half] for i in range(half)]
-    save(sheet(lines, join(titles), ("reference", "warm start", "no-pair editor") * 2, join(frames)), RESULTS / "strip.png")
+    heads = ("reference", "warm start", "no-pair editor") * 2
+    save(sheet(lines, join(titles), heads, join(frames)), RESULTS / "strip.png")
 
 
 def measure_foreign(args) -> None:

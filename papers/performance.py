@@ -41,7 +41,7 @@ from torch.utils import flop_counter
 from transformers import AutoTokenizer
 from vlmedit.kernels.inside import SWAPS, use
 
-from vlmedit.cli import read_settings, typed
+from vlmedit.cli._settings import read_settings, typed
 from vlmedit.cost import counting, plan
 from vlmedit.data.manifest import Feed, book_of, read_manifest
 from vlmedit.data.requests import Book

@@ -37,7 +37,8 @@ def test_to_array_maps_the_range_and_clamps():
 
 def test_a_strip_shows_every_picture_and_its_verdict(tmp_path):
     """Both pictures' colors cover thousands of pixels; a blue frame stands for done, an orange one for not, none for neither."""
-    figure = sheet([(RED, [CYAN, CYAN])], [["make it cyan", "yes", "no"]], ("reference", "a", "b"), [[None, True, False]])
+    titles, heads = [["make it cyan", "yes", "no"]], ("reference", "a", "b")
+    figure = sheet([(RED, [CYAN, CYAN])], titles, heads, [[None, True, False]])
     path = save(figure, tmp_path / "new" / "strip.png")
     assert path.is_file()
     assert count(path, "#FF0000") > 5000 and count(path, "#00FFFF") > 10_000
@@ -71,7 +72,8 @@ def test_wrap_keeps_the_words_and_the_width():
 
 
 def test_the_plotting_backend_is_left_alone():
-    """Drawing neither loads pyplot nor chooses a backend: a notebook keeps its inline figures. Importing loads no matplotlib at all."""
+    """Drawing neither loads pyplot nor chooses a backend: a notebook keeps its inline figures. Importing loads no
+    matplotlib at all."""
     code = """
 import sys, torch, vlmedit.figures as show
 assert 'matplotlib' not in sys.modules

@@ -81,7 +81,8 @@ def test_guidance_scales_belong_to_rows(dtype):
         assert torch.equal(guided, torch.cat([flow.guide(c[i : i + 1], u[i : i + 1], float(w[i])) for i in range(5)]))
     w.requires_grad_()
     flow.guide(cond, uncond, w).float().sum().backward()
-    torch.testing.assert_close(w.grad, (cond - uncond).float().flatten(1).sum(1), atol=0.2 if dtype == torch.bfloat16 else 1e-4, rtol=0)
+    tolerance = 0.2 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(w.grad, (cond - uncond).float().flatten(1).sum(1), atol=tolerance, rtol=0)
 
 
 # --- noise
@@ -89,8 +90,9 @@ def test_guidance_scales_belong_to_rows(dtype):
 
 def streams(kind: str):
     """No generator, one, a list of one, one for each of four rows, and more than there are rows."""
-    make = lambda seed: torch.Generator().manual_seed(seed)
-    return {"none": None, "one": make(7), "alone": [make(7)], "rows": [make(s) for s in range(4)], "spare": [make(s) for s in range(6)]}[kind]
+    count = {"none": 0, "one": 1, "alone": 1, "rows": 4, "spare": 6}[kind]
+    made = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    return {"none": None, "one": made[0]}[kind] if kind in ("none", "one") else made
 
 
 @pytest.mark.parametrize("kind", ("none", "one", "alone", "rows", "spare"))
@@ -131,7 +133,8 @@ def test_noise_for_another_device_is_drawn_on_the_cpu():
 
 def test_conventions_need_torch_alone():
     """Importing the module loads none of the libraries of models."""
-    code = "import sys, vlmedit.flow; print([m for m in ('diffusers', 'transformers', 'accelerate') if m in sys.modules])"
+    libraries = "('diffusers', 'transformers', 'accelerate')"
+    code = f"import sys, vlmedit.flow; print([m for m in {libraries} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "[]", done.stdout + done.stderr
 

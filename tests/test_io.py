@@ -175,8 +175,8 @@ def test_scaled_drawings_look_as_if_drawn_small():
 
 
 def test_pictures_and_tensors_are_inverse():
-    """All 256 levels come back; -1, 0 and 1 are black, middle and white; what lies outside is clamped; rows, columns and channels keep their
-    places; neither a graph nor half precision is in the way."""
+    """All 256 levels come back; -1, 0 and 1 are black, middle and white; what lies outside is clamped; rows, columns and
+    channels keep their places; neither a graph nor half precision is in the way."""
     import torch
 
     levels = np.arange(256, dtype=np.uint8).reshape(8, 32)[..., None] ^ np.array([0, 85, 170], np.uint8)

@@ -1,4 +1,7 @@
-"""What a user can set right: the errors that the command line turns into a message. Imports nothing, so that everybody may import it."""
+"""What a user can set right: the errors that the command line turns into a message.
+
+This module imports nothing of ours, so that everybody may import it.
+"""
 
 from collections.abc import Iterable
 

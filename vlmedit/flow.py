@@ -51,15 +51,15 @@ def to_velocity(x: Tensor, x0: Tensor, t: Tensor | float) -> Tensor:
 
 
 def guide(cond: Tensor, uncond: Tensor, w: Tensor | float) -> Tensor:
-    """Classifier-free guidance in NP-Edit's form (method.md 1.7): w = 1 is `cond`, w = 0 is `uncond`, w (B,) a scale per row."""
+    """Classifier-free guidance in NP-Edit's form (method.md 1.7): w = 1 is `cond`, w = 0 is `uncond`; w (B,) is by row."""
     return uncond + (_like(w, cond) if isinstance(w, Tensor) else w) * (cond - uncond)
 
 
 def noise_like(shape: Sequence[int], generator: Generators = None, device=None, dtype=None) -> Tensor:
     """Standard normal noise of a shape, to the bit what diffusers draws. A list of generators holds one per row.
 
-    Generators of the CPU draw there, so that a seed means the same noise on every device; torch raises a RuntimeError for
-    generators of any other device than the noise's.
+    Generators of the CPU draw there, so that a seed means the same noise on every device; torch raises a RuntimeError
+    for generators of any other device than the noise's.
     """
     device = torch.device("cpu" if device is None else device)
     each = generator if isinstance(generator, list) else [generator]
@@ -123,7 +123,9 @@ SAMPLERS = {"euler": step_euler, "renoise": step_renoise, "corrector": step_corr
 
 
 @torch.no_grad()
-def sample(velocity: Velocity, x: Tensor, times: Sequence[float], sampler: str = "euler", generator: Generators = None) -> Tensor:
+def sample(
+    velocity: Velocity, x: Tensor, times: Sequence[float], sampler: str = "euler", generator: Generators = None
+) -> Tensor:
     """Integrate from noise `x` at times[0] down to 0, one network call per entry of `times`. A list of generators holds one
     per sample.
 

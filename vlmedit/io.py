@@ -171,7 +171,7 @@ def to_image(picture: Tensor) -> Image.Image:
 
 
 def to_tensor(image: Image.Image, side: int | None = None) -> Tensor:
-    """A picture as float32 (3, H, W) in [-1, 1]; with `side`, scaled down until the longer side is at most that many pixels."""
+    """A picture as float32 (3, H, W) in [-1, 1]; with `side`, scaled down until the longer side is at most that long."""
     import torch
 
     if side and max(image.size) > side:

@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 
-from vlmedit.cli import typed
+from vlmedit.cli._settings import typed
 from vlmedit.data.manifest import Feed
 from vlmedit.networks.sharding import DTensor, whole
 from vlmedit.training.real_models import RealOptimizer, make_accelerator, train_copy, train_real

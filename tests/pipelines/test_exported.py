@@ -18,7 +18,8 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors import SafetensorError
 
-from vlmedit.cli import main, read_settings, typed
+from vlmedit.cli import main
+from vlmedit.cli._settings import read_settings, typed
 from vlmedit.networks.backbones import Channels, family_of, load_transformer, widen
 from vlmedit.networks.lora import lora_targets
 from vlmedit.pipelines import export as exporting

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vlmedit.cli import read_settings
+from vlmedit.cli._settings import read_settings
 from vlmedit.data.layouts import read_items
 from vlmedit.data.shards import write_shards
 from vlmedit.pipelines.export import LORA_FILE

@@ -27,7 +27,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from vlmedit.cli import main, read_settings, typed
+from vlmedit.cli import main
+from vlmedit.cli._settings import read_settings, typed
 from vlmedit.cost import plan
 from vlmedit.data.layouts import read_items
 from vlmedit.data.manifest import Feed, Order, book_of, load_fitted, nearest, read_manifest

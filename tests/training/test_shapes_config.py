@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 import vlmedit
 from vlmedit import cli
+from vlmedit.cli._settings import read_settings, typed
+from vlmedit.methods.npedit import NPEditConfig
 from vlmedit.cost import plan
 from vlmedit.data.manifest import Row, book_of, check_questions, nothing_of
 from vlmedit.data.requests import Book, Request, batch_of
@@ -150,10 +152,10 @@ def few(monkeypatch):
 def test_the_real_trainer_teaches_the_miniature(few, tmp_path, roles):
     """`train npedit --config shapes`: trained weights, no stand-ins. The do-nothing distance and the judge are finite, the student moves from
     its warm-up's weights; what is exported is the suite's own pipeline and draws what the unroll draws; the dry run counts its weights."""
-    given = cli.read_settings(Path("shapes")) | {"out": str(tmp_path / "run"), "steps": 2, "batch": 4, "warmup": 0, "strip_every": 2}
+    given = read_settings(Path("shapes")) | {"out": str(tmp_path / "run"), "steps": 2, "batch": 4, "warmup": 0, "strip_every": 2}
     if roles == "adapters":
         given |= {"roles": "adapters", "rank": 4, "start": None}
-    config = RealConfig.make("laptop", **cli.typed(RealConfig, given))
+    config = RealConfig.make("laptop", **typed(RealConfig, given))
     steps = list(train_real(config))
     assert len(steps) == 2 and all(0 < s.metrics["p_identity"] < 1 for s in steps)
     (strip,) = (tmp_path / "run" / "strips").glob("*.png")
@@ -183,7 +185,7 @@ def test_the_real_trainer_teaches_the_miniature(few, tmp_path, roles):
 
 def test_the_shipped_settings_are_the_miniatures(few):
     """Every number of shapes.yaml that is marked [M] is NPEditConfig's default."""
-    found = cli.read_settings(Path("shapes"))
+    found = read_settings(Path("shapes"))
     text = (Path(loading.__file__).parent / "configs/shapes.yaml").read_text()
     marked = [line.split(":")[0] for line in text.splitlines() if "[M]" in line and not line.startswith("#")]
     ours = NPEditConfig.make("laptop")

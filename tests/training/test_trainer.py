@@ -459,10 +459,17 @@ def test_update_randomness_is_of_seed_index_and_process(tmp_path):
 
 
 TABLES = {  # the names of choices that settings state, and the module whose table of the same name they are the keys of
-    "TASKS": "vlmedit.data.world", "NORMS": "vlmedit.equations.dmd", "OBJECTIVES": "vlmedit.equations.matching", "REWARDS": "vlmedit.equations.rewards", "WORDINGS": "vlmedit.equations.rewards",
-    "EDITORS": "vlmedit.equations.training_free", "CALLS": "vlmedit.equations.unroll", "RENOISE": "vlmedit.equations.unroll", "POLICIES": "vlmedit.equations.flow_grpo",
+    "TASKS": "vlmedit.data.world",
+    "NORMS": "vlmedit.equations.dmd",
+    "OBJECTIVES": "vlmedit.equations.matching",
+    "REWARDS": "vlmedit.equations.rewards",
+    "WORDINGS": "vlmedit.equations.rewards",
+    "EDITORS": "vlmedit.equations.training_free",
+    "CALLS": "vlmedit.equations.unroll",
+    "RENOISE": "vlmedit.equations.unroll",
+    "POLICIES": "vlmedit.equations.flow_grpo",
     "ALL_TYPES": "vlmedit.world.edits",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -483,7 +490,7 @@ def test_the_other_names_that_settings_state_are_right():
 
 
 def test_reading_settings_needs_no_torch():
-    """Settings of every stage and of real runs are there without torch, the world or any other module of the package but the errors."""
+    """Settings of every stage and of real runs are there without torch, and with no module of the package but the errors."""
     code = """
 import sys, vlmedit.config, vlmedit.training.settings
 heavy = [m for m in ('torch', 'numpy', 'PIL', 'diffusers', 'transformers') if m in sys.modules]
