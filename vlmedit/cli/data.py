@@ -128,7 +128,7 @@ def samples(n: int, seed: int, task: str, side: int) -> Iterator[Sample]:
     """The first `n` examples of a task's stream. Raises ValueError for an unknown task."""
     from vlmedit.data.world import captioned_batch, paired_batch, unpaired_batch
     from vlmedit.io import to_image
-    from vlmedit.networks.text import words
+    from vlmedit.world.tokenizer import words
 
     if task == "captioned":
         batch = captioned_batch(n, side, seed, 0, 0)

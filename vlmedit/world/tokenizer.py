@@ -55,3 +55,8 @@ class Words:
     def look_up(self, ids: Tensor) -> list[str]:
         """The words again."""
         return build_tokenizer().batch_decode(ids, skip_special_tokens=True)
+
+
+def words(ids: Tensor) -> str:
+    """The text of one row of ids (L,), without padding."""
+    return build_tokenizer().decode(ids, skip_special_tokens=True)
