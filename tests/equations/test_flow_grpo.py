@@ -321,14 +321,15 @@ def measured(steps) -> list[dict]:
 
 
 def test_a_stopped_run_resumes_to_the_same_bits(saved, tmp_path):
-    """Three updates in one go; two, a stop, and the rest: equal weights, averages and metrics, bit for bit. Start and judge stay."""
+    """Four updates in one go; three, a stop, and the rest, which repeats the third, since only the second was saved: equal weights, averages
+    and metrics, bit for bit. Start and judge stay."""
     before = {p: p.read_bytes() for p in saved.rglob("*.safetensors")}
-    straight = list(train_flow_grpo(loop(saved, tmp_path / "straight")))
-    run = train_flow_grpo(loop(saved, tmp_path / "stopped"))
-    first = [next(run), next(run)]
+    straight = list(train_flow_grpo(loop(saved, tmp_path / "straight", steps=4, save_every=2)))
+    run = train_flow_grpo(loop(saved, tmp_path / "stopped", steps=4, save_every=2))
+    first = [next(run), next(run), next(run)]
     run.close()
-    rest = list(train_flow_grpo(loop(saved, tmp_path / "stopped")))
-    assert [s.index for s in rest] == [2, 3] and measured(first) == measured(straight[:2]) and measured(rest) == measured(straight[1:])
+    rest = list(train_flow_grpo(loop(saved, tmp_path / "stopped", steps=4, save_every=2)))
+    assert [s.index for s in rest] == [3, 4] and measured(first) == measured(straight[:3]) and measured(rest) == measured(straight[2:])
     for name in ("model/diffusion_pytorch_model", "checkpoint/student", "checkpoint/student.ema"):
         a, b = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("straight", "stopped"))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name

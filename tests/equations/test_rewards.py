@@ -8,12 +8,12 @@ import torch
 from helpers.tiny_models import SIDE, pictures, requests, tiny_dit, tiny_judge
 from torch import nn
 
-from vlmedit.equations.dmd import draw_dmd_time
 from vlmedit.equations.judge_loss import judge_loss
-from vlmedit.equations.matching import Setting, gan_loss
+from vlmedit.equations.matching import gan_loss
 from vlmedit.equations.rewards import LEVELS, REWARDS, SHIFT, WORDINGS, Panel, TeacherJudge, augmented, denoising_error, moved, reworded
 from vlmedit.errors import ConfigError
 from vlmedit.flow import flow_matching_loss, interpolate, logit_normal_time, velocity_target
+from vlmedit.methods import npedit as trainer
 from vlmedit.methods.npedit import NPEdit, NPEditConfig, train_npedit
 from vlmedit.world.tokenizer import build_tokenizer
 
@@ -266,8 +266,8 @@ def test_the_gan_term_is_added_to_the_pull():
         nn.init.constant_(model.fake.ground.weight, 0.1)
     pull = lambda model: (torch.manual_seed(1), model.output_gradients(batch, x, 0)[0]["dmd"])[1]
     torch.manual_seed(1)
-    t, eps, leaf = draw_dmd_time(3), torch.randn_like(x), x.clone().requires_grad_()
-    s = Setting(more.teacher, more.fake, batch.target_caption, t, eps)
+    t, eps, leaf = trainer.draw_dmd_time(3), torch.randn_like(x), x.clone().requires_grad_()
+    s = trainer.MatchingContext(more.teacher, more.fake, batch.target_caption, t, eps)
     (wanted,) = torch.autograd.grad(gan_loss(leaf, s), leaf)
     torch.testing.assert_close(pull(more) - pull(plain), 0.4 * wanted, atol=1e-7, rtol=1e-3)
     assert wanted.abs().max() > 1e-6
