@@ -315,6 +315,8 @@ def check_key(config: type[TrainConfig], key: str, known: dict[str, Any], place:
         return
     if place != WORLD and key in config.world:
         raise ConfigError(f"{key} is a setting of data=world, and data is {place!r}; pictures of a manifest come in buckets: buckets=512x512")
+    if place == WORLD and config.manifest is not None and key in {f.name for f in dataclasses.fields(ManifestConfig)}:
+        raise ConfigError(f"{key} is a setting of pictures from a manifest, and data is {place!r}; name it: data={ManifestConfig.place}")
     if key in RENAMED and RENAMED[key].split()[0] in known:
         raise ConfigError(f"unknown config key {key!r} of {config.__name__}; it is called {RENAMED[key]} now")
     near = difflib.get_close_matches(key, list(known), 3) or list(known)
