@@ -37,7 +37,7 @@ def report(config: NPEditConfig, tier: str = "laptop") -> dict:
     from vlmedit.networks.judge import JudgeModel
 
     n = 8 if tier == "smoke" else SHOWN
-    judge = JudgeModel.from_pretrained(config.judge).eval()
+    judge = JudgeModel.from_pretrained(config.judge[0]).eval()
     folders = {"warm start": config.student, "live": Path(config.out) / "model", "shipped": checkpoint("shapes", "editor")}
     metrics, judged = {}, {}
     for name, folder in folders.items():
