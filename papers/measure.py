@@ -27,7 +27,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 sys.path.insert(0, str(HERE.parent / "tests"))  # the foreign drawings live with the tests
 
-from vlmedit.config import DistillConfig, SFTConfig  # noqa: E402
+from vlmedit.methods.distill import DistillConfig  # noqa: E402
+from vlmedit.methods.sft import SFTConfig  # noqa: E402
 from vlmedit.evaluation.editing import evaluate_student, judge_against_oracle  # noqa: E402
 from vlmedit.evaluation.judge import evaluate_judge  # noqa: E402
 from vlmedit.evaluation.teacher import evaluate_teacher  # noqa: E402

@@ -176,6 +176,8 @@ def complete(stages: dict) -> None:
     reading, *copying = stages["warmup"]["metrics"]
     assert "reading_loss" in reading and all("loss" in m for m in copying)
     assert stages["synthetic"]["metrics"][-1]["pairs"] > 0 and "pairs.safetensors" in stages["synthetic"]["results"]
+    for label, metric in (("npedit", "gradient_nothing"), ("cyclegan", "nothing"), ("bootstrap", "nothing")):
+        assert all(m[metric] > 0 for m in stages[label]["metrics"])
     assert not any(m.get("skipped") for stage in stages.values() for m in stage["metrics"])
 
 

@@ -30,19 +30,19 @@ def _like(t: Tensor | float, x: Tensor) -> Tensor:
 def interpolate(x0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:
     """x_t between data (t = 0) and noise (t = 1)."""
     t = _like(t, x0)
-    return (1 - t) * x0 + t * eps
+    return (1 - t) * x0 + t * eps  # Eq. E1
 
 
 def velocity_target(x0: Tensor, eps: Tensor) -> Tensor:
-    return eps - x0
+    return eps - x0  # Eq. E1
 
 
 def to_x0(x: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
-    return x - _like(t, x) * v
+    return x - _like(t, x) * v  # Eq. E1
 
 
 def to_eps(x: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
-    return x + (1 - _like(t, x)) * v
+    return x + (1 - _like(t, x)) * v  # Eq. E1
 
 
 def to_velocity(x: Tensor, x0: Tensor, t: Tensor | float) -> Tensor:
@@ -50,14 +50,14 @@ def to_velocity(x: Tensor, x0: Tensor, t: Tensor | float) -> Tensor:
     return (x - x0) / _like(t, x)
 
 
-def guide(cond: Tensor, uncond: Tensor, w: float) -> Tensor:
-    """Classifier-free guidance in NP-Edit's form (method.md 1.7): w = 1 is `cond`, w = 0 is `uncond`."""
-    return uncond + w * (cond - uncond)
+def guide(cond: Tensor, uncond: Tensor, w: Tensor | float) -> Tensor:
+    """Classifier-free guidance in NP-Edit's form (method.md 1.7): w = 1 is `cond`, w = 0 is `uncond`, w (B,) a scale per row."""
+    return uncond + (_like(w, cond) if isinstance(w, Tensor) else w) * (cond - uncond)
 
 
 def shift_time(u: Tensor | float, shift: float) -> Tensor | float:
     """Move times towards noise; the identity at shift = 1."""
-    return shift * u / (1 + (shift - 1) * u)
+    return shift * u / (1 + (shift - 1) * u)  # Eq. E4, 23 [arXiv:2403.03206]
 
 
 def unshift_time(t: Tensor | float, shift: float) -> Tensor | float:
@@ -76,12 +76,12 @@ def few_step_times(steps: int, shift: float = 1.0) -> tuple[float, ...]:
 def flow_matching_loss(velocity: Velocity, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """Mean squared velocity error per sample, (B,)."""
     error = velocity(interpolate(x0, eps, t), t) - velocity_target(x0, eps)
-    return error.square().flatten(1).mean(1)
+    return error.square().flatten(1).mean(1)  # Eq. E2
 
 
 def logit_normal_time(batch: int, shift: float = 1.0, device=None, generator=None) -> Tensor:
     """Training times, sigmoid of a standard normal, shifted [arXiv:2403.03206, Eq. 19]."""
-    u = torch.randn(batch, device=device, generator=generator).sigmoid()
+    u = torch.randn(batch, device=device, generator=generator).sigmoid()  # Eq. E2, 19 [arXiv:2403.03206]
     return shift_time(u, shift)
 
 
@@ -101,7 +101,7 @@ def step_corrector(x: Tensor, v: Tensor, t: float, s: float, noise: Tensor | Non
     """The released sampler at eta = 1: x = (1 - s) x0 + (s^2/t) eps + sqrt(s^2 - s^4/t^2) noise [npedit sampler.py]."""
     x0, eps = to_x0(x, v, t), to_eps(x, v, t)
     noise = torch.randn_like(x) if noise is None else noise
-    return (1 - s) * x0 + s * s / t * eps + (s * s - (s * s / t) ** 2) ** 0.5 * noise
+    return (1 - s) * x0 + s * s / t * eps + (s * s - (s * s / t) ** 2) ** 0.5 * noise  # Eq. corrector [npedit sampler.py]
 
 
 SAMPLERS = {"euler": step_euler, "renoise": step_renoise, "corrector": step_corrector}

@@ -17,21 +17,15 @@ from PIL import Image
 
 from vlmedit.cli import main
 from vlmedit.data import shards as sh
-from vlmedit.data.layouts import (
-    MAPPED,
-    Item,
-    check_dataset,
-    kind_of,
-    parquet_rows,
-    read_dataset,
-    read_items,
-    thing_removed,
-    write_items,
-)
+from vlmedit.data.layouts import MAPPED, Item, check_dataset, kind_of, read_dataset, read_items, thing_removed, write_items
 from vlmedit.data.manifest import load_fitted
+from vlmedit.data.prepare import journal as journals
 from vlmedit.data.prepare import run as p
+from vlmedit.data.prepare.dedupe import Gallery, Looks
+from vlmedit.data.prepare.proposals import REASONS, plain
 from vlmedit.data.requests import Book, batch_of
 from vlmedit.data.shards import read_shards, write_shards
+from vlmedit.data.tables import parquet_rows
 from vlmedit.errors import InputError
 from vlmedit.networks.judges import text_vlm as writers
 from vlmedit.testing import random_models as tiny
@@ -75,7 +69,7 @@ class Script:
         if text.startswith("An image editor was given"):
             return self.say("check", text, "Yes.")
         instruction = re.search(r"instruction: \"(.*?)\"", text)[1]
-        return self.say("target", text, json.dumps({"caption": f"A gray dog on the grass after this, {re.sub('red (ball|flag)', 'thing', p.plain(instruction))}"}))
+        return self.say("target", text, json.dumps({"caption": f"A gray dog on the grass after this, {re.sub('red (ball|flag)', 'thing', plain(instruction))}"}))
 
 
 def run(folder, out, writer, llm=None, batch=2, repeats=20, **settings):
@@ -138,7 +132,7 @@ def test_answers_that_are_refused(reason, folder, tmp_path):
         return json.dumps({"caption": re.search(r'shows: "(.*?)"', prompt)[1]}) if said is None else said
 
     kept = int(where in ("check", "target"))
-    with nullcontext() if kept else pytest.raises(InputError, match=re.escape(p.REASONS[reason])):
+    with nullcontext() if kept else pytest.raises(InputError, match=re.escape(REASONS[reason])):
         run(folder, tmp_path / "out", Script(say), kinds=(kind,), per_picture=1)
     found = report(tmp_path / "out")
     assert (tmp_path / "out" / "manifest.jsonl").exists() == bool(kept)
@@ -147,7 +141,7 @@ def test_answers_that_are_refused(reason, folder, tmp_path):
 
 
 def test_every_reason_has_a_test():
-    assert set(p.REASONS) == {*BAD, "unreadable", "unsuitable", "seen before", "twice for one picture", "too common"}
+    assert set(REASONS) == {*BAD, "unreadable", "unsuitable", "seen before", "twice for one picture", "too common"}
 
 
 def test_doubles_and_broken_files(folder, tmp_path):
@@ -207,8 +201,8 @@ def test_looks_are_compared_through_bands():
     """The band index finds exactly the pairs that a comparison of all finds."""
     rng = np.random.default_rng(0)
     base = int.from_bytes(rng.bytes(32), "big")
-    looks = [p.Looks(base ^ sum(1 << int(b) for b in rng.choice(256, k, replace=False)), bytes(48)) for k in (0, 3, 9, 10, 11, 12, 15, 40)]
-    gallery = p.Gallery()
+    looks = [Looks(base ^ sum(1 << int(b) for b in rng.choice(256, k, replace=False)), bytes(48)) for k in (0, 3, 9, 10, 11, 12, 15, 40)]
+    gallery = Gallery()
     gallery.add(looks[0])
     assert [gallery.has(other) for other in looks] == [looks[0].like(other) for other in looks] == [True] * 4 + [False] * 4
 
@@ -257,7 +251,7 @@ def part(folder, out, process, processes, writer=None):
 def test_processes_share_the_pictures(folder, tmp_path, monkeypatch):
     """Three processes, in turns: each asks about its own pictures alone, none is asked about twice, the main one waits for the others, and
     manifest and report are those of one process; a copy of a picture that another process has is dropped at the end, wherever it went."""
-    monkeypatch.setattr(p, "POLL", 0.0)
+    monkeypatch.setattr(journals, "POLL", 0.0)
     for i in range(4):
         photo(i).save(folder / f"copy-{i}.png")
     run(folder, tmp_path / "one", Script())
@@ -277,7 +271,7 @@ def test_processes_share_the_pictures(folder, tmp_path, monkeypatch):
 def test_another_number_of_processes_goes_on(after, folder, tmp_path, monkeypatch):
     """Two processes are killed, one of them within a line: any number goes on, asks about the rest alone, and ends as a run of one process.
     A copy of a picture that is done is not asked about where one process knows all journals."""
-    monkeypatch.setattr(p, "POLL", 0.0)
+    monkeypatch.setattr(journals, "POLL", 0.0)
     for i in range(6):
         photo(i).save(folder / f"copy-{i}.png")
     run(folder, tmp_path / "one", Script())
@@ -305,7 +299,7 @@ def test_the_command_under_a_launcher(folder, tmp_path, monkeypatch, vlm, capsys
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert main(command) == 0 and (tmp_path / "r.json").exists() == (rank == "0")
         assert ("18 requests of 6 pictures" in capsys.readouterr().out) == (rank == "0")
-    parts = [len((tmp_path / "out" / p.journal_name(i)).read_text().splitlines()) - 1 for i in (0, 1)]
+    parts = [len((tmp_path / "out" / journals.journal_name(i)).read_text().splitlines()) - 1 for i in (0, 1)]
     assert sum(parts) == 6 and min(parts) > 0
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -314,9 +308,9 @@ def test_the_command_under_a_launcher(folder, tmp_path, monkeypatch, vlm, capsys
 
 def test_processes_that_stand_still_are_named(folder, tmp_path, monkeypatch):
     """The main process does not wait forever, and does not take journals of another run, or damaged ones."""
-    monkeypatch.setattr(p, "POLL", 0.0)
-    monkeypatch.setattr(p, "PATIENCE", 0.0)
-    theirs = sum(p.part_of(f"{i}.png", 2) for i in range(6))
+    monkeypatch.setattr(journals, "POLL", 0.0)
+    monkeypatch.setattr(journals, "PATIENCE", 0.0)
+    theirs = sum(journals.part_of(f"{i}.png", 2) for i in range(6))
     with pytest.raises(InputError, match=rf"nothing came from the other processes .*process 1 has {theirs} pictures left.*; the same command goes on"):
         list(part(folder, tmp_path / "out", 0, 2))
     assert not (tmp_path / "out" / "manifest.jsonl").exists()

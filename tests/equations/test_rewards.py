@@ -267,7 +267,7 @@ def test_the_gan_term_is_added_to_the_pull():
     pull = lambda model: (torch.manual_seed(1), model.output_gradients(batch, x, 0)[0]["dmd"])[1]
     torch.manual_seed(1)
     t, eps, leaf = trainer.draw_dmd_time(3), torch.randn_like(x), x.clone().requires_grad_()
-    s = trainer.Setting(more.teacher, more.fake, batch.target_caption, t, eps)
+    s = trainer.MatchingContext(more.teacher, more.fake, batch.target_caption, t, eps)
     (wanted,) = torch.autograd.grad(gan_loss(leaf, s), leaf)
     torch.testing.assert_close(pull(more) - pull(plain), 0.4 * wanted, atol=1e-7, rtol=1e-3)
     assert wanted.abs().max() > 1e-6

@@ -38,9 +38,9 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from vlmedit.data.layouts import json_rows, parquet_rows
-from vlmedit.errors import InputError
+from vlmedit.data.tables import json_rows, parquet_rows
 from vlmedit.evaluation.statistics import viescore
+from vlmedit.errors import InputError
 from vlmedit.io import BROKEN, FORMATS, contact_sheet, save_json, save_picture, some, strip, to_rgb, to_view
 from vlmedit.networks.hub import reachable
 from vlmedit.networks.judges.text_vlm import Writer, identity_of, to_tensor

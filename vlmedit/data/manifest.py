@@ -31,7 +31,7 @@ from vlmedit.config import TrainConfig
 from vlmedit.data.batches import UnpairedBatch
 from vlmedit.data.layouts import read_items
 from vlmedit.data.requests import QUESTIONS, Book, Prompts, Request, batch_of
-from vlmedit.data.shards import Place, shard_rows
+from vlmedit.data.shards import PictureSource, shard_rows
 from vlmedit.errors import InputError, UnknownInstruction
 from vlmedit.io import BROKEN, some, to_rgb
 from vlmedit.seeds import rng_for
@@ -49,7 +49,7 @@ SIDES = re.compile(r"\b(left|right|clockwise|east|west|text|letter|letters|word|
 class Row:
     """A line of the manifest."""
 
-    image: Place
+    image: PictureSource
     request: Request
 
 
@@ -116,12 +116,12 @@ def nearest(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> int:
 MEND = "put a whole one in its place and repeat the command to resume, or remove its rows and begin a new out folder"
 
 
-def opened(place: Place) -> Image.Image:
+def opened(place: PictureSource) -> Image.Image:
     """The picture, its pixels not decoded yet."""
     return Image.open(place if isinstance(place, Path) else io.BytesIO(place.read()))
 
 
-def picture_size(path: Place) -> tuple[int, int]:
+def picture_size(path: PictureSource) -> tuple[int, int]:
     """Width and height, upright, from the header. Raises `InputError` for what is no picture."""
     try:
         with opened(path) as image:
@@ -131,7 +131,7 @@ def picture_size(path: Place) -> tuple[int, int]:
         raise InputError(f"{path}: not a picture ({error}); {MEND}") from None
 
 
-def load_fitted(path: Place, size: tuple[int, int]) -> Tensor:
+def load_fitted(path: PictureSource, size: tuple[int, int]) -> Tensor:
     """(3, H, W) in [-1, 1]: scaled to cover the bucket, what protrudes cut off evenly. Raises `InputError` for a damaged picture."""
     try:
         with opened(path) as image:

@@ -66,6 +66,6 @@ def attack(judge: TokenJudge, work: Lesson, radius: Tensor, steps: int) -> Tenso
         loss = yes_no_losses(judge, work, work.output + delta)[0].sum()
         (gradient,) = torch.autograd.grad(loss, delta)
         gradient = gradient.float()
-        delta = delta.detach() + gradient / size(gradient) * reach * (1.5 / steps)
+        delta = delta.detach() + gradient / size(gradient) * reach * (1.5 / steps)  # Eq. ascent
         delta = delta * (reach / size(delta)).clamp(max=1)
     return (work.output + delta).clamp(-1, 1).detach()

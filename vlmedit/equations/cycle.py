@@ -22,7 +22,7 @@ from vlmedit.flow import Velocity, interpolate, to_x0
 
 def cycle_loss(back: Tensor, reference: Tensor, reversible: Tensor) -> Tensor:
     """Mean |back - reference| over the rows that can be undone, over the whole batch's size."""
-    return ((back - reference).abs().flatten(1).mean(1) * reversible).mean()
+    return ((back - reference).abs().flatten(1).mean(1) * reversible).mean()  # Eq. cycle [arXiv:2403.12036]
 
 
 def copy_loss(output: Tensor, reference: Tensor, nothing: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def critic_loss(critic: nn.Module, output: Tensor, captions: Tensor, real: Tenso
 
 def adversarial_loss(critic: nn.Module, output: Tensor, captions: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """-log D of the student's noised pictures under the captions they should fulfill."""
-    return F.softplus(-log_ratio(critic, interpolate(output, eps, t), t, captions)[0]).mean()
+    return F.softplus(-log_ratio(critic, interpolate(output, eps, t), t, captions)[0]).mean()  # Eq. adversary [arXiv:2403.12036]
 
 
 # Bootstrap Your Generator's prior
@@ -66,7 +66,7 @@ def direction(source: Velocity, target: Velocity, y: Tensor, z: Tensor, t: Tenso
 
 def prior_loss(estimate: Tensor, reference: Tensor, towards: Tensor) -> Tensor:
     """Mean squared distance of the student's clean estimate to the reference moved by `towards`, per picture, (B,)."""
-    return (estimate - (reference + towards).clamp(-1, 1)).square().flatten(1).mean(1)
+    return (estimate - (reference + towards).clamp(-1, 1)).square().flatten(1).mean(1)  # Eq. prior [arXiv:2606.03911]
 
 
 def route(clean: Tensor, estimate: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class TeacherJudge:
             eps = torch.randn_like(x)
             errors = [denoising_error(self.teacher, x, text, t, eps) for text in (source, target)]
             total = total + errors[0] - errors[1]
-        return self.scale * total / self.draws
+        return self.scale * total / self.draws  # Eq. teacher
 
     def loss(self, x: Tensor, batch: UnpairedBatch, gain: float = 1.0) -> tuple[Tensor, Tensor]:
         """-log p per request, (B,), and p."""

@@ -49,7 +49,7 @@ def at(x: Tensor, t: float) -> Tensor:
 def sdedit(source: Velocity, target: Velocity, y: Tensor, start: float = 0.6, steps: int = 15, generator=None) -> Tensor:
     """Noise the reference to `start` and denoise it under the target caption; the source caption is not used."""
     eps = torch.randn(y.shape, generator=generator).to(y)
-    return sample(target, interpolate(y, eps, start), times_below(start, steps))
+    return sample(target, interpolate(y, eps, start), times_below(start, steps))  # Eq. SDEdit [arXiv:2108.01073]
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def invert(velocity: Velocity, y: Tensor, times: Sequence[float], iterations: in
     for t, s in reversed(list(zip(stops, stops[1:]))):
         guess = x
         for _ in range(iterations):
-            guess = step_euler(x, velocity(guess, at(x, t)), s, t)
+            guess = step_euler(x, velocity(guess, at(x, t)), s, t)  # Eq. 14 [arXiv:2010.02502]
         x = guess
     return x
 
@@ -79,7 +79,7 @@ def flowedit(source: Velocity, target: Velocity, y: Tensor, start: float = 0.8, 
         total = torch.zeros_like(y)
         for _ in range(average):
             y_t = interpolate(y, torch.randn(y.shape, generator=generator).to(y), t)
-            total += target(z + y_t - y, at(y, t)) - source(y_t, at(y, t))
+            total += target(z + y_t - y, at(y, t)) - source(y_t, at(y, t))  # Eq. FlowEdit [arXiv:2412.08629]
         z = step_euler(z, total / average, t, s)
     return z
 

@@ -1,6 +1,6 @@
 """What verdicts and beliefs add up to, and how far a finite number of them can be trusted.
 
-* `hacking_gap`: what the judge believes minus what the oracle finds, per edit; `evaluate.evaluate_student` reports its
+* `hacking_gap`: what the judge believes minus what the oracle finds, per edit; `editing.evaluate_student` reports its
   mean.
 * `viescore`: the overall score of an edit from sub-scores in [0, 10], sqrt(min SC * min PQ)          [arXiv:2312.14867]
 * `calibration_error`: expected calibration error over equal bins of the probability                  [arXiv:1706.04599]

@@ -30,7 +30,7 @@ from vlmedit.data.batches import UnpairedBatch
 from vlmedit.equations.dmd import NORMS, draw_dmd_time, fake_score_loss
 from vlmedit.equations.judge_loss import ANSWER_LOSSES, gain_ramp
 from vlmedit.equations.matching import OBJECTIVES, gan_loss, ratio_head, ratio_loss
-from vlmedit.equations.matching import Setting as MatchingContext
+from vlmedit.equations.matching import MatchingContext
 from vlmedit.equations.rewards import REWARDS, WORDINGS
 from vlmedit.equations.rewards import Panel as JudgePanel
 from vlmedit.equations.unroll import CALLS, RENOISE, draw_times, rollout
