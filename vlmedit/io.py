@@ -18,7 +18,7 @@ import shutil
 import struct
 import uuid
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,22 +27,14 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from vlmedit.errors import InputError
+
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_PIXELS = 64_000_000  # of one picture: 8000 x 8000, about 200 MB decoded
 MIN_SIDE = 8  # pixels
 MAX_ASPECT = 4.0  # longer side over shorter side
 BORDER = 0.02  # width of the ring whose median is the background's color, in shorter sides
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, MemoryError, Image.DecompressionBombError)
-
-
-class InputError(ValueError):
-    """What was given cannot be used. `problems` lists everything found; `hint` says once what would be possible."""
-
-    def __init__(self, problems: str | Iterable[str], hint: str = ""):
-        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
-        self.hint = hint
-        head = self.problems[0] if len(self.problems) == 1 else f"{len(self.problems)} problems:\n  " + "\n  ".join(self.problems)
-        super().__init__(f"{head}\n{hint}" if hint else head)
 
 
 def some(problems: list[str], most: int = 10, what: str = "") -> list[str]:
