@@ -575,11 +575,11 @@ def test_every_shipped_file_can_be_counted_without_a_network(name, monkeypatch):
     config = config_of(read_settings(shipped()[name]), CopyConfig if name == "zimage_refcopy" else RealConfig)
     backbone, judge = OFFLINE[name]
     transformer, note = plan.meta_transformer.__wrapped__(config.backbone)
-    assert plan.budget.parameters(transformer) / 1e9 == pytest.approx(backbone, rel=0.005) and note == "published configuration"
+    assert plan.counting.parameters(transformer) / 1e9 == pytest.approx(backbone, rel=0.005) and note == "published configuration"
     latents = {"ZImageTransformer2DModel": 16, "FluxTransformer2DModel": 16, "QwenImageTransformer2DModel": 16, "Flux2Transformer2DModel": 128}
     assert plan.meta_codec.__wrapped__(config.backbone)[0].channels == latents[type(transformer).__name__]
     if judge:
-        assert plan.budget.parameters(plan.meta_judge.__wrapped__(config.judge[0])[0]) / 1e9 == pytest.approx(judge, rel=0.005)
+        assert plan.counting.parameters(plan.meta_judge.__wrapped__(config.judge[0])[0]) / 1e9 == pytest.approx(judge, rel=0.005)
 
 
 def test_the_warmup_is_counted_as_it_runs(settings, capsys):

@@ -32,7 +32,7 @@ from vlmedit.pipelines.export import export
 from vlmedit.pipelines.shapes import EditPipeline
 from vlmedit.testing import tiny_data as rehearsal
 from vlmedit.training.real_models import train_real
-from vlmedit.training.settings import RealConfig
+from vlmedit.training.settings import CONFIGS, RealConfig
 
 KINDS = ("recolor", "remove", "nothing", "add", "style", "move")
 ROWS = 24
@@ -184,7 +184,7 @@ def test_the_real_trainer_teaches_the_miniature(few, tmp_path, roles):
 def test_the_shipped_settings_are_the_miniatures(few):
     """Every number of shapes.yaml that is marked [M] is NPEditConfig's default."""
     found = cli.read_settings(Path("shapes"))
-    text = (Path(loading.__file__).parent / "configs/shapes.yaml").read_text()
+    text = (CONFIGS / "shapes.yaml").read_text()
     marked = [line.split(":")[0] for line in text.splitlines() if "[M]" in line and not line.startswith("#")]
     ours = NPEditConfig.make("laptop")
     told = {k: found[k] for k in marked if hasattr(ours, k) and k != "steps"}

@@ -132,7 +132,7 @@ class EditPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         super().save_pretrained(save_directory, **kwargs)
-        Path(save_directory, "pipeline.py").write_text("from vlmedit.pipelines.shapes import EditPipeline  # noqa: F401\n")
+        Path(save_directory, "pipeline.py").write_text("from vlmedit import EditPipeline  # noqa: F401\n")
 
     def times(self, steps: int) -> list[float]:
         """Start times of a sampler of `steps` network calls, from the scheduler."""
