@@ -166,7 +166,7 @@ def edit(
         pipe = None
     elif exported:
         from vlmedit.networks.judges import load_judge
-        from vlmedit.pipelines.shapes import quiet
+        from vlmedit.networks.quiet import quiet
 
         with quiet():
             seen = load_model(load_judge, "--judge", judge) if judge else None
@@ -203,7 +203,7 @@ def _unusable(model: str, real: bool, best_of: int, judge: str, side: int | None
         if best_of and not judge:
             problems.append(f"--best-of {best_of}: {model} has no judge of its own; name one, for example --judge Qwen/Qwen2.5-VL-7B-Instruct")
         if judge:
-            from vlmedit.networks.load import check_judge
+            from vlmedit.networks.checks import check_judge
 
             problems += [f"--{problem}" for problem in check_judge(judge)]
         return problems
@@ -407,6 +407,7 @@ def train_real(stage: str, tier: str, given: dict, dry_run: bool) -> dict:
     config = config_class.make(tier, **typed(config_class, given))
     if dry_run:
         from vlmedit.cost import plan
+        from vlmedit.cost.table import show
 
         try:
             found = plan.plan(config)
@@ -415,7 +416,7 @@ def train_real(stage: str, tier: str, given: dict, dry_run: bool) -> dict:
         except ValueError as error:  # a class that nobody here knows
             raise InputError(f"cannot be counted: {str(error).splitlines()[0]}") from error
         if _leads():
-            plan.show(found)
+            show(found)
         return {"stage": stage, "dry_run": True, **found.report()}
     check_writable(Path(config.out), "folder")
     check_space(Path(config.out), RUN_BYTES)
@@ -585,7 +586,7 @@ def data_prepare(source: Path, out: Path, vlm: str, llm: str, layout: str, kinds
     from vlmedit.data.layouts import check_dataset
     from vlmedit.data.prepare.run import KINDS, Settings, prepare
     from vlmedit.networks.judges.text_vlm import load_writer
-    from vlmedit.pipelines.shapes import quiet
+    from vlmedit.networks.quiet import quiet
 
     settings = Settings(str(source), layout, vlm, llm or None, kinds or tuple(KINDS), per_picture, side, seed)
     launched = get_cpu_distributed_information()  # of any launcher, by its environment; there is nothing to exchange
@@ -645,7 +646,7 @@ def bench(
     """
     from vlmedit.benchmarks import Encoder, compare, find_edits, measure, read_benchmark
     from vlmedit.networks.judges import load_judge
-    from vlmedit.pipelines.shapes import quiet
+    from vlmedit.networks.quiet import quiet
 
     _raise(_at_least(batch=(batch, 1), side=(side, 32), seed=(seed, 0)) + _check_json(json))
     check_writable(out, "folder")
@@ -686,7 +687,7 @@ def _difference(found: dict) -> str:
 def bench_draw(name: str, cases: list, edits: Path, model: str, seed: int, judges: list[str]) -> None:
     """Draw the edits of a benchmark that are missing, after everything small is checked."""
     from vlmedit.benchmarks import draw_edits
-    from vlmedit.networks.load import check_judge
+    from vlmedit.networks.checks import check_judge
     from vlmedit.pipelines import exported as editor
     from vlmedit.pipelines.batch_edit import find_exported
 
@@ -904,8 +905,8 @@ def export(
         kind: full (a whole pipeline) or adapter (the LoRA weights alone).
         push: Also upload it to this repository of the Hub, OWNER/NAME; private.
     """
+    from vlmedit.networks.quiet import quiet
     from vlmedit.pipelines import export as real
-    from vlmedit.pipelines.shapes import quiet
 
     _raise(_check_json(json))
     again = out is None and (run / "README.md").is_file()

@@ -30,10 +30,11 @@ from vlmedit.data.layouts import (
 )
 from vlmedit.data.manifest import load_fitted
 from vlmedit.data.prepare import run as p
-from vlmedit.data.requests import Book, batch_of
+from vlmedit.data.requests import batch_of
 from vlmedit.data.shards import read_shards, write_shards
 from vlmedit.io import InputError
 from vlmedit.networks.judges import text_vlm as writers
+from vlmedit.networks.prompts import PromptTable
 from vlmedit.testing import random_models as tiny
 
 FIELDS = ["image", "instruction", "type", "object", "caption", "target_caption"]
@@ -97,7 +98,7 @@ def test_a_folder_becomes_requests(folder, tmp_path):
     items = read_items(out / "manifest.jsonl")
     assert {Image.open(i.image).size for i in items} == {(96, 64)} and len({i.image for i in items}) == 6
     assert len({i.type for i in items}) > 4 and all(i.object == "the red ball" for i in items if i.type == "remove")
-    batch = batch_of([i.request() for i in items[:4]], torch.zeros(4, 3, 8, 8), Book(), Book())
+    batch = batch_of([i.request() for i in items[:4]], torch.zeros(4, 3, 8, 8), PromptTable(), PromptTable())
     assert batch.types == tuple(i.type for i in items[:4])
     page = (out / "report.html").read_text()
     assert "18 requests from 6 pictures" in page and page.count("<img") == 18

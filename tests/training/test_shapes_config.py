@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,21 +13,22 @@ from safetensors.torch import load_file
 
 import vlmedit
 from vlmedit import cli
-from vlmedit.config import NPEditConfig
+from vlmedit.config import ConfigError, NPEditConfig
 from vlmedit.cost import plan
-from vlmedit.data.manifest import Row, book_of, check_questions, nothing_of
-from vlmedit.data.requests import Book, Request, batch_of, from_example
+from vlmedit.data.manifest import Row, check_questions, nothing_of
+from vlmedit.data.requests import Request, batch_of, from_example
 from vlmedit.data.world import batch_of as shape_batch
 from vlmedit.data.world import rng_for, sample_example
 from vlmedit.equations.unroll import rollout
 from vlmedit.flow import few_step_times
 from vlmedit.io import InputError
 from vlmedit.methods.npedit import NPEdit
+from vlmedit.networks import checks
 from vlmedit.networks import load as loading
-from vlmedit.networks.backbones import backbone_of, load_transformer
 from vlmedit.networks.codec import PixelCodec
 from vlmedit.networks.judges import load_judge
-from vlmedit.networks.prompt_cache import pipeline_encoder
+from vlmedit.networks.load import backbone_of, load_transformer
+from vlmedit.networks.prompts import PromptTable
 from vlmedit.networks.text import build_tokenizer
 from vlmedit.pipelines.export import export
 from vlmedit.pipelines.shapes import EditPipeline
@@ -54,21 +56,20 @@ def examples():
 
 
 def behind_the_interfaces(saved, examples, reference):
-    """Backbone, judge and batch as a real run has them: prompts from the cache's encoder, questions by number."""
-    requests, questions = [from_example(e) for e in examples], Book()
-    prompts = book_of([Row("", r) for r in requests])
+    """Backbone, judge and batch as a real run has them: the pipeline's own words, questions by number."""
+    requests, questions = [from_example(e) for e in examples], PromptTable()
+    prompts = loading.prompts_of(SimpleNamespace(backbone=str(saved / "backbone"), negative_prompt=""), [])
     batch = batch_of(requests, reference, prompts, questions, "shapes")
-    bank = pipeline_encoder(str(saved / "backbone"), torch.device("cpu"), torch.bfloat16, 512)(prompts.texts)
-    return lambda: backbone_of(load_transformer(saved / "backbone", "transformer"), bank), load_judge(saved / "judge", questions), batch
+    return lambda: backbone_of(load_transformer(saved / "backbone", "transformer"), None), load_judge(saved / "judge", questions), batch
 
 
 def test_both_ways_are_one(saved, examples):
-    """An update of the miniature and the same one behind `velocity` and `logit_margin`: output, metrics, fake loss and the gradient of
+    """An update of the miniature and the same one of what the real trainer loads, behind `logit_margin`: output, metrics, fake loss and the gradient of
     every weight of student and fake score agree to rounding, text encoder included; removals, pairs and do-nothing rows are among them."""
     reference = pictures(len(examples), 3, SIDE)
     build, judge, batch = behind_the_interfaces(saved, examples, reference)
     plain = shape_batch(examples, reference)
-    for name in ("edit_answer", "edit_pair", "nothing"):
+    for name in ("instruction", "reference_caption", "target_caption", "edit_answer", "edit_pair", "nothing"):
         assert torch.equal(getattr(batch, name), getattr(plain, name))
     assert batch.types == plain.types and 0 < plain.edit_pair.sum() < len(examples)
     config = NPEditConfig.make("smoke", precision="no", batch=len(examples), nothing_weight=0.7, judge_weight=0.3)
@@ -77,7 +78,7 @@ def test_both_ways_are_one(saved, examples):
         dits[1].head[0].weight.mul_(1.1)  # the fake score is no copy of the teacher
     found = []
     backbones = [build() for _ in range(3)]
-    backbones[1].transformer.load_state_dict(dits[1].state_dict())
+    backbones[1].load_state_dict(dits[1].state_dict())
     for edit, b in ((NPEdit(config, *dits, tiny_judge()), plain), (NPEdit(config, *backbones, judge, PixelCodec()), batch)):
         torch.manual_seed(11)
         output, metrics = edit.student_backward(b, (1.0, 0.5), 5)
@@ -125,9 +126,9 @@ def test_what_it_cannot_read_is_said(saved, tmp_path):
         judge.write([(picture,)], ["describe it"])
     with pytest.raises(ValueError, match="1 questions about 2 sets"):
         judge.logit_margin([(picture,), (picture,)], ["is there a triangle ?"])
-    (problem,) = loading.check_judge(str(saved / "judge"), "released")
-    assert "questions=shapes" in problem and loading.check_judge(str(saved / "judge"), "shapes") == [] == loading.check_judge(str(saved / "judge"))
-    assert loading.check_backbone(str(saved / "backbone")) == []
+    (problem,) = checks.check_judge(str(saved / "judge"), "released")
+    assert "questions=shapes" in problem and checks.check_judge(str(saved / "judge"), "shapes") == [] == checks.check_judge(str(saved / "judge"))
+    assert checks.check_backbone(str(saved / "backbone")) == []
     request = Request("make the circle red", "a circle", "a red circle")
     rows = [Row(tmp_path / "a.png", dataclasses.replace(request, instruction="make the dog red")), Row(tmp_path / "b.png", request)]
     check_questions(rows, "released")
@@ -135,9 +136,11 @@ def test_what_it_cannot_read_is_said(saved, tmp_path):
         check_questions(rows, "shapes")
     assert len(error.value.problems) == 1 and "a.png" in error.value.problems[0]
     check_questions([Row("", nothing_of(request, rng_for(i))) for i in range(20)], "shapes")
-    backbone = backbone_of(load_transformer(saved / "backbone", "transformer"), pipeline_encoder(str(saved / "backbone"), None, None, 0)([""]))
+    backbone = backbone_of(load_transformer(saved / "backbone", "transformer"), None)
     with pytest.raises(ValueError, match=f"draws {SIDE} x {SIDE} pixels alone: buckets={SIDE}x{SIDE}"):
         backbone(torch.zeros(1, 3, 32, 32), torch.ones(1), torch.zeros(1, 1, dtype=torch.long))
+    with pytest.raises(ConfigError, match="negative_prompt is 'ugly', and .* reads an empty one: negative_prompt=''"):
+        loading.prompts_of(SimpleNamespace(backbone=str(saved / "backbone"), negative_prompt="ugly"), [])
 
 
 @pytest.fixture

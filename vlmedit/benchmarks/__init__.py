@@ -41,7 +41,7 @@ from transformers.utils import logging as transformers_logging
 from vlmedit.data.layouts import json_rows, parquet_rows
 from vlmedit.evaluation.statistics import viescore
 from vlmedit.io import BROKEN, FORMATS, InputError, contact_sheet, save_json, save_picture, some, strip, to_rgb, to_view
-from vlmedit.networks.hub import reachable
+from vlmedit.networks.checks import reachable
 from vlmedit.networks.judges.text_vlm import Writer, identity_of, to_tensor
 
 SC = (

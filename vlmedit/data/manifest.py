@@ -28,10 +28,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from vlmedit.data.layouts import read_items
-from vlmedit.data.requests import QUESTIONS, Book, Request, batch_of
+from vlmedit.data.requests import QUESTIONS, Request, batch_of
 from vlmedit.data.shards import Place, shard_rows
 from vlmedit.data.world import UnpairedBatch, rng_for
 from vlmedit.io import BROKEN, InputError, some, to_rgb
+from vlmedit.protocols import Prompts
 from vlmedit.world.language import TEMPLATES, UnknownInstruction
 
 SAME = {  # names of edit types in other data, as ours
@@ -96,12 +97,12 @@ def nothing_of(request: Request, rng: random.Random) -> Request:
     return replace(request, instruction=rng.choice(NOTHING), target_caption=request.reference_caption, type="nothing", thing=None)
 
 
-def book_of(rows: Sequence[Row], negative: str = "") -> Book:
-    """Every prompt that training on these rows may ask for, the negative prompt as number 0."""
+def texts_of(rows: Sequence[Row]) -> list[str]:
+    """Every prompt that training on these rows may ask for."""
     texts = dict.fromkeys(NOTHING)
     for row in rows:
         texts |= dict.fromkeys((row.request.instruction, row.request.target_caption, row.request.reference_caption))
-    return Book(negative, list(texts))
+    return list(texts)
 
 
 def nearest(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> int:
@@ -195,7 +196,7 @@ class Order:
 class Feed:
     """Batches of one process. `parts` numbers the batches of an update: (number over all processes, batch)."""
 
-    def __init__(self, rows: Sequence[Row], config, prompts: Book, questions: Book, rank: int = 0, world: int = 1, device=None):
+    def __init__(self, rows: Sequence[Row], config, prompts: Prompts, questions: Prompts, rank: int = 0, world: int = 1, device=None):
         self.rows, self.config, self.prompts, self.questions = rows, config, prompts, questions
         self.rank, self.world, self.device = rank, world, device
         self._buckets: dict[int, int] = {}

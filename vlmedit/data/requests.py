@@ -1,24 +1,21 @@
-"""Requests in words, as numbers: prompts, the judge's questions, and the batch that `NPEdit` takes.
-
-A real text encoder is larger than the student of the miniature, so every prompt is encoded once, before training, and a batch
-carries row numbers. Row 0 of a `Book` is the prompt of the unconditional score (empty, or a negative prompt): the miniature's
-all-padding caption, so `vlmedit.equations.dmd` guides real models unchanged.
+"""Requests in words, as ids: prompts, the judge's questions, and the batch that `NPEdit` takes.
 
 Questions: the released templates in our words, one pair for removals and one for everything else
 [npedit critic_models/prompts.py]; the judge of the world of shapes has been schooled on its own (`QUESTIONS`).
-Shapes: pictures (B, 3, H, W) in [-1, 1]; numbers (B, 1).
+Shapes: pictures (B, 3, H, W) in [-1, 1]; ids (B, L), as `vlmedit.protocols.Prompts` makes them.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vlmedit.data.world import Example, UnpairedBatch
+from vlmedit.protocols import Prompts
 from vlmedit.world.edits import apply_edit
 from vlmedit.world.language import caption, edit_question, identity_question, normalise, parse_instruction
 
@@ -72,35 +69,9 @@ def from_example(example: Example) -> Request:
     return Request(example.instruction, caption(example.scene), caption(after), edit.type, thing)
 
 
-@dataclass
-class Book:
-    """Texts and their numbers. `empty` is number 0."""
-
-    empty: str = ""
-    texts: list[str] = field(default_factory=list)
-
-    def __post_init__(self):
-        self.texts = [self.empty, *(t for t in self.texts if t != self.empty)]
-        self._number = {t: i for i, t in enumerate(self.texts)}
-
-    def number(self, text: str) -> int:
-        """The text's number, a new one if it is new."""
-        if text not in self._number:
-            self._number[text] = len(self.texts)
-            self.texts.append(text)
-        return self._number[text]
-
-    def numbers(self, texts: Sequence[str]) -> Tensor:
-        """(B, 1), as a column of ids."""
-        return torch.tensor([[self.number(t)] for t in texts])
-
-    def look_up(self, ids: Tensor) -> list[str]:
-        """The texts of numbers of any shape."""
-        return [self.texts[i] for i in ids.flatten().tolist()]
-
-
-def batch_of(requests: Sequence[Request], reference: Tensor, prompts: Book, questions: Book, wording: str = "released") -> UnpairedBatch:
-    """These requests of these pictures. `prompts` grows by instructions and captions, `questions` by the judge's in a `wording` of `QUESTIONS`.
+def batch_of(requests: Sequence[Request], reference: Tensor, prompts: Prompts, questions: Prompts, wording: str = "released") -> UnpairedBatch:
+    """These requests of these pictures. A table among `prompts` grows by instructions and captions, one among `questions` by the judge's in a
+    `wording` of `QUESTIONS`.
     Raises ValueError unless there is one picture per request."""
     if len(requests) != len(reference):
         raise ValueError(f"{len(requests)} requests of {len(reference)} pictures; there must be one picture each")
@@ -108,13 +79,13 @@ def batch_of(requests: Sequence[Request], reference: Tensor, prompts: Book, ques
     truth = lambda values: torch.tensor([float(v) for v in values], device=reference.device)
     return UnpairedBatch(
         reference=reference,
-        instruction=prompts.numbers([r.instruction for r in requests]),
-        reference_caption=prompts.numbers([r.reference_caption for r in requests]),
-        target_caption=prompts.numbers([r.target_caption for r in requests]),
-        edit_question=questions.numbers([q[0] for q in asked]),
+        instruction=prompts.ids([r.instruction for r in requests]),
+        reference_caption=prompts.ids([r.reference_caption for r in requests]),
+        target_caption=prompts.ids([r.target_caption for r in requests]),
+        edit_question=questions.ids([q[0] for q in asked]),
         edit_answer=truth(q[1] for q in asked),
         edit_pair=truth(q[2] for q in asked),
-        identity_question=questions.numbers([q[3] for q in asked]),
+        identity_question=questions.ids([q[3] for q in asked]),
         nothing=truth(r.type == "nothing" for r in requests),
         types=tuple(r.type for r in requests),
     )

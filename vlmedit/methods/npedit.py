@@ -34,9 +34,10 @@ from vlmedit.equations.matching import OBJECTIVES, Setting, gan_loss, ratio_head
 from vlmedit.equations.rewards import REWARDS, Panel
 from vlmedit.equations.unroll import draw_times, rollout
 from vlmedit.flow import flow_matching_loss, logit_normal_time
-from vlmedit.networks.codec import Codec, PixelCodec
+from vlmedit.networks.codec import PixelCodec
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judge import JudgeModel
+from vlmedit.protocols import Codec
 from vlmedit.training.engine import EMA, Optimizer, Run, Step
 
 

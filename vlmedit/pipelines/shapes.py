@@ -18,8 +18,7 @@ one-line pipeline.py which that reads.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -30,17 +29,16 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
-from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from vlmedit import flow
 from vlmedit.data.world import rng_for
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judge import JudgeModel
+from vlmedit.networks.quiet import quiet
 from vlmedit.networks.text import build_tokenizer, encode
 from vlmedit.world.language import Question, edit_question, identity_question, normalise, parse_instruction
 
@@ -261,19 +259,6 @@ def checkpoint(family: str, role: str) -> Path:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no {role} checkpoint of {family!r} at {folder}; train it: vlmedit train {STAGES[role]}")
     return folder
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No loading bars of the libraries: our checkpoints load in an instant."""
-    shown = [lib for lib in (diffusers_logging, transformers_logging) if lib.is_progress_bar_enabled()]
-    for lib in shown:
-        lib.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for lib in shown:
-            lib.enable_progress_bar()
 
 
 @quiet()

@@ -15,8 +15,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,34 +31,23 @@ from torch._dynamo import list_backends
 
 from vlmedit import io as pictures
 from vlmedit.config import ConfigError
-from vlmedit.data.manifest import Feed, book_of, check_questions, read_manifest
-from vlmedit.data.requests import Book
+from vlmedit.data.manifest import Feed, check_questions, read_manifest, texts_of
 from vlmedit.data.world import UnpairedBatch, rng_for, seed_torch
 from vlmedit.equations.unroll import draw_times
 from vlmedit.flow import flow_matching_loss, guide, logit_normal_time
-from vlmedit.io import InputError, check_space, save_json
+from vlmedit.io import InputError, save_json
 from vlmedit.methods.npedit import NPEdit
-from vlmedit.networks.load import (
-    check_backbone,
-    check_judge,
-    check_start,
-    encoder_of,
-    frozen_dtype,
-    load_backbone,
-    load_codec,
-    load_judges,
-    load_roles,
-    placed,
-)
+from vlmedit.networks.checks import check_backbone, check_judge, check_start
+from vlmedit.networks.load import load_backbone, load_codec, load_judges, load_roles, placed, prompts_of, save_student
 from vlmedit.networks.lora import Roles
-from vlmedit.networks.prompt_cache import PromptCache, pipeline_encoder
-from vlmedit.networks.prompts import TextBank
-from vlmedit.networks.sharding import DTensor, Whole, wanted
-from vlmedit.pipelines.export import save_student
-from vlmedit.pipelines.shapes import quiet
-from vlmedit.testing.tiny_data import PREFIX, made
+from vlmedit.networks.prompt_cache import encoded
+from vlmedit.networks.prompts import PromptEmbeddings, PromptTable
+from vlmedit.networks.quiet import quiet
+from vlmedit.protocols import Prompts
+from vlmedit.testing import PREFIX, resolve
 from vlmedit.training import engine
 from vlmedit.training.engine import EMA, Checkpoints, Optimizer, Run, Step, average_gradients
+from vlmedit.training.gathered import DTensor, Gathered, wanted
 from vlmedit.training.settings import CopyConfig, RealConfig
 from vlmedit.training.trackers import Trackers, check_trackers
 
@@ -209,7 +196,7 @@ class RealRun(Run):
         self.writer: Trackers | None = None
 
     def register(self, name: str, module: nn.Module, optimizer=None, ema=None) -> None:
-        hold = lambda thing: None if thing is None else Whole(thing, self.accelerator.is_main_process)
+        hold = lambda thing: None if thing is None else Gathered(thing, self.accelerator.is_main_process)
         super().register(name, hold(module), hold(optimizer), hold(ema))
 
     def steps(self) -> Iterator[int]:
@@ -227,7 +214,7 @@ class RealRun(Run):
             self.writer = Trackers(self.accelerator, self.config, self.start)
         return self.writer
 
-    def show(self, index: int, batch: UnpairedBatch, output: Tensor, prompts: Book) -> None:
+    def show(self, index: int, batch: UnpairedBatch, output: Tensor, prompts: Prompts) -> None:
         """A strip of references and edits, into `out`/strips and the trackers."""
         if not self.accelerator.is_main_process:
             return
@@ -251,8 +238,8 @@ def prepared(config: RealConfig, folder: Path | None = None) -> RealConfig:
     """The settings with every "tiny:" place made, in `folder`; by default in the run's own."""
     folder = folder or Path(config.out) / "tiny"
     return dataclasses.replace(
-        config, backbone=made(config.backbone, folder, "backbone"), judge=tuple(made(j, folder, "judge") for j in config.judge), data=made(config.data, folder, "data"),
-        start=config.start and made(config.start, folder, "start"),
+        config, backbone=resolve(config.backbone, folder, "backbone"), judge=tuple(resolve(j, folder, "judge") for j in config.judge),
+        data=resolve(config.data, folder, "data"), start=config.start and resolve(config.start, folder, "start"),
     )  # fmt: skip
 
 
@@ -289,53 +276,6 @@ def recorded_mode(model: Path) -> bool | None:
     return None
 
 
-def encoded(config: RealConfig, prompts: Book, accelerator: Accelerator) -> TextBank:
-    """The bank of all prompts. Each process encodes its share of what the cache lacks, into a part of its own; the main process gathers the
-    parts, those of an interrupted run too. Raises `InputError` where the disk is too small for the rest."""
-    dtype = frozen_dtype(config)
-    folder = Path(config.text_cache or Path(config.out) / "text")
-    about = encoder_of(config)
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    if accelerator.is_main_process:
-        gather_parts(folder, about)
-    accelerator.wait_for_everyone()
-    if todo := PromptCache(folder, about).lacking(prompts.texts):
-        encode = pipeline_encoder(config.backbone, accelerator.device, dtype, config.text_length, config.trust_remote_code)
-        check_space(folder, encoded_bytes(todo, encode))
-        accelerator.wait_for_everyone()  # all have looked before one writes
-        for done in PromptCache(folder if processes == 1 else folder / f"part-{rank:03d}", about).fill(todo[rank::processes], encode):
-            accelerator.print(f"encoded {min(done * processes, len(todo))} of {len(todo)} prompts")
-        del encode
-        if accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            gather_parts(folder, about)
-        accelerator.wait_for_everyone()
-    return PromptCache(folder, about).bank(prompts.texts)
-
-
-def encoded_bytes(texts: list[str], encode: Callable[[list[str]], TextBank], sample: int = 8) -> int:
-    """What the states of these prompts will take on disk, from the first few in an even spread."""
-    some = texts[:: -(-len(texts) // sample)]
-    bank = encode(some)
-    return sum(x.numel() * x.element_size() for x in (*bank.states, *(bank.pooled or ()))) * len(texts) // len(some)
-
-
-def gather_parts(folder: Path, about: dict) -> None:
-    """Move the shards of every `part-*` folder into the cache, each a file of states and then, last, its .json: what is cut short is whole."""
-    for part in sorted(folder.glob("part-*")):
-        PromptCache(part, about)  # refuses another encoder's
-        save_json(about, folder / "encoder.json")
-        for lengths in sorted(part.glob("[0-9]*.json")):
-            states = lengths.with_suffix(".safetensors")
-            if states.is_file():
-                place = folder / f"{len(list(folder.glob('[0-9]*.json'))):06d}"
-                os.replace(states, place.with_suffix(".safetensors"))
-                os.replace(lengths, place.with_suffix(".json"))
-        shutil.rmtree(part)
-
-
 @contextmanager
 def told() -> Iterator[None]:
     """What loading finds wrong with a model, as one message instead of a traceback; no loading bars."""
@@ -348,16 +288,16 @@ def told() -> Iterator[None]:
         raise InputError(f"{error}") from error
 
 
-def load_student(config: RealConfig, bank: TextBank, accelerator: Accelerator, sharded: bool = False) -> nn.Module:
+def load_student(config: RealConfig, prompts: PromptEmbeddings | None, accelerator: Accelerator, sharded: bool = False) -> nn.Module:
     """The student alone, in its place. With adapters it is an adapter of the shared base; the fake score's, a few MB, lies idle beside it."""
     if config.roles == "adapters":
-        return load_roles(config, bank, accelerator, sharded).student
-    return placed(load_backbone(config, bank, torch.float32, config.start), config, accelerator, sharded)
+        return load_roles(config, prompts, accelerator, sharded).student
+    return placed(load_backbone(config, prompts, torch.float32, config.start), config, accelerator, sharded)
 
 
 class Setup:
     """What both stages share: rows, prompts, run, codec, feed, and who is trained: `roles` where there is a judge, otherwise the `student`
-    alone. `blank` is the number of the empty prompt, for text dropout."""
+    alone. `blank` (1, L) is the empty prompt, for text dropout."""
 
     def __init__(self, config: RealConfig, accelerator: Accelerator | None = None, judged: bool = True):
         check(config, judged)
@@ -371,20 +311,20 @@ class Setup:
         self.run = run = RealRun(config, accelerator)
         run.checkpoints.check()
         self.sharded = wanted(config, run.accelerator)
-        self.prompts, self.questions = book_of(rows, config.negative_prompt), Book()
-        self.blank = None if judged else self.prompts.number("")
+        self.prompts, self.questions = prompts_of(config, texts_of(rows)), PromptTable()
+        self.blank = None if judged else self.prompts.ids([""]).to(run.device)
         process = run.accelerator.process_index, run.accelerator.num_processes
         self.feed = Feed(rows, config, self.prompts, self.questions, *process, device=run.device)
         run.checkpoints.optimizers["data"] = self.feed.order  # its position is saved with the optimizers
-        self.bank = encoded(config, self.prompts, run.accelerator)
+        self.embeddings = encoded(config, self.prompts, run.accelerator) if isinstance(self.prompts, PromptTable) else None
         self.codec = load_codec(config, run.device)
-        self.roles = load_roles(config, self.bank, run.accelerator, self.sharded) if judged else None
-        self.student = self.roles.student if judged else load_student(config, self.bank, run.accelerator, self.sharded)
+        self.roles = load_roles(config, self.embeddings, run.accelerator, self.sharded) if judged else None
+        self.student = self.roles.student if judged else load_student(config, self.embeddings, run.accelerator, self.sharded)
 
     def finish(self, student: nn.Module, ema: EMA | None) -> None:
         """Write the (averaged) student to `out`/model."""
         main = self.run.accelerator.is_main_process
-        state = Whole(ema, main).shadow if ema else Whole(student, main).state_dict()
+        state = Gathered(ema, main).shadow if ema else Gathered(student, main).state_dict()
         if main:
             save_json({"omni": self.config.omni}, save_student(student, state, self.run.folder / "model") / MODE_FILE)
         self.run.accelerator.wait_for_everyone()
@@ -483,7 +423,7 @@ def train_copy(config: CopyConfig, accelerator: Accelerator | None = None) -> It
                 with torch.no_grad():
                     clean = codec.encode(batch.reference)
                 dropped = torch.rand(len(clean), 1, device=clean.device) < config.text_dropout
-                text = student.encode_text(batch.reference_caption.masked_fill(dropped, setup.blank))
+                text = student.encode_text(torch.where(dropped, setup.blank, batch.reference_caption))
                 t = logit_normal_time(len(clean), config.time_shift, clean.device)
                 loss = flow_matching_loss(lambda x, time: student(x, time, text, clean), clean, t, torch.randn_like(clean)).mean()
             loss.backward()

@@ -16,7 +16,7 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from vlmedit.networks.hub import reachable
+from vlmedit.networks.checks import reachable
 from vlmedit.networks.judges import FAMILIES, load_judge
 
 
