@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedType
 from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers.tiny_models import SIDE, pictures, tiny_dit, tiny_judge
 from safetensors.torch import load_file
@@ -26,13 +28,17 @@ from vlmedit.methods.npedit import NPEdit
 from vlmedit.networks import checks
 from vlmedit.networks import load as loading
 from vlmedit.networks.codec import PixelCodec
+from vlmedit.networks.dit import DiT
 from vlmedit.networks.judges import load_judge
 from vlmedit.networks.load import backbone_of, load_transformer
+from vlmedit.networks.lora import adapter_roles, module_roles
 from vlmedit.networks.prompts import PromptTable
-from vlmedit.networks.text import build_tokenizer
+from vlmedit.networks.sharding import shard
+from vlmedit.networks.text import TextEncoder, build_tokenizer
 from vlmedit.pipelines.export import export
 from vlmedit.pipelines.shapes import EditPipeline
 from vlmedit.testing import tiny_data as rehearsal
+from vlmedit.training.gathered import whole
 from vlmedit.training.real_models import train_real
 from vlmedit.training.settings import CONFIGS, RealConfig
 
@@ -91,6 +97,56 @@ def test_both_ways_are_one(saved, examples):
         assert (x is None) == (y is None)
         if x is not None:
             assert (x - y).abs().max() <= 1e-4 * x.abs().max() + 1e-8
+
+
+@pytest.mark.parametrize("kind", ("modules", "adapters"))
+def test_an_unroll_reads_words_and_reference_once(saved, examples, monkeypatch, kind):
+    """Whoever the student is, its two calls share the text's states and the reference's keys and values; rebuilt in each call they give the
+    same picture."""
+    build, judge, batch = behind_the_interfaces(saved, examples, pictures(len(examples), 3, SIDE))
+    roles = module_roles(build()) if kind == "modules" else adapter_roles(build(), rank=2)
+    edit = NPEdit(NPEditConfig.make("smoke", precision="no"), roles.student, roles.fake, roles.teacher, judge, PixelCodec())
+    read = []
+    monkeypatch.setattr(DiT, "encode_reference", lambda *a, own=DiT.encode_reference: read.append("reference") or own(*a))
+    monkeypatch.setattr(TextEncoder, "forward", lambda *a, own=TextEncoder.forward: read.append("text") or own(*a))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        output = edit.edit(batch, (1.0, 0.5))
+        assert sorted(read) == ["reference", "text"]
+        torch.manual_seed(3)
+        noise = torch.randn_like(batch.reference)
+        again = rollout(lambda x, t: roles.student(x, t, batch.instruction, batch.reference), noise, (1.0, 0.5), edit.config.renoise)
+    torch.testing.assert_close(output, again, atol=1e-5, rtol=1e-5)
+    assert sorted(read) == ["reference"] * 3 + ["text"] * 3
+
+
+def test_shards_read_words_and_reference_outside_their_root(saved):
+    """A transformer that is its own backbone is asked for words and reference by themselves: in shards (of one process) too, with the
+    gradients of the whole one."""
+    plugin = SimpleNamespace(cpu_offload=None, reshard_after_forward=True)
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), num_processes=1, distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin)
+    )
+    x, reference = pictures(2, 1, SIDE), pictures(2, 2, SIDE)
+    t, ids = torch.tensor([0.9, 0.4]), tiny_dit().prompts.ids(["remove the circle", "do nothing"])
+
+    def slopes(dit):
+        text = dit.encode_text(ids)
+        held = dit.hold_reference(reference, text)
+        dit(dit(x, t, text, held), t, text, held).square().sum().backward()
+        dit(x, t, ids, reference).square().sum().backward()
+        return [None if p.grad is None else whole(p.grad) for p in dit.parameters()]
+
+    expected = slopes(tiny_dit())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = slopes(shard(tiny_dit(), accelerator, "no"))
+    finally:
+        dist.destroy_process_group()
+    for got, want in zip(found, expected, strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
 def test_margins_are_the_judges_own(saved):

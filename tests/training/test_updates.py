@@ -208,8 +208,15 @@ def lone(backbone):
     x, t, text, ref = setting(backbone)
     roles = adapter_roles(backbone, rank=4)
     lora_values(roles)
-    roles.student(x, t, text, ref).square().sum().backward()
+    drawn(roles.student, x, t, text, ref).square().sum().backward()
     return [p.grad.clone() for p in roles.student.parameters()]
+
+
+def drawn(role, x, t, ids, reference):
+    """Two calls that share words and reference, as an unroll has them."""
+    text = role.encode_text(ids)
+    held = role.hold_reference(reference, text)
+    return role(role(x, t, text, held), t, text, held)
 
 
 def setting(backbone):
@@ -220,16 +227,21 @@ def setting(backbone):
 
 
 @pytest.mark.parametrize("checkpointing", (False, True))
-def test_the_order_of_calls_is_free(saved, checkpointing):
+@pytest.mark.parametrize("name", ("flux", "shapes"))
+def test_the_order_of_calls_is_free(saved, name, checkpointing):
     """Teacher and fake called between the student's forward and backward, the fake even with a graph and backward first: the
-    student's gradients are those without anybody in between, bit for bit or to 1e-6, also when blocks are recomputed."""
-    load = lambda: tiny.load_backbone(saved / "flux", checkpointing=checkpointing)[0]
+    student's gradients are those without anybody in between, bit for bit or to 1e-6, also when blocks are recomputed, and also those
+    that come back through a reference's keys and values."""
+
+    def load():
+        return load_backbone(saved / name, checkpointing)[0]
+
     expected = lone(load())
     backbone = load()
     x, t, text, ref = setting(backbone)
     roles = adapter_roles(backbone, rank=4)
     lora_values(roles)
-    v = roles.student(x, t, text, ref)
+    v = drawn(roles.student, x, t, text, ref)
     with torch.no_grad():
         roles.teacher(x, t, text)
         roles.fake(x, t, text)
