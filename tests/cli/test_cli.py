@@ -20,12 +20,10 @@ from PIL import Image, ImageDraw
 import vlmedit
 from vlmedit import doctor
 from vlmedit.cli import main
-from vlmedit.config import TIERS
-from vlmedit.methods.judge import JudgeConfig
-from vlmedit.methods.teacher import TeacherConfig
-from vlmedit.data.batches import TEXT_LENGTH
 from vlmedit.cli._settings import convert
 from vlmedit.cli._shared import Tier
+from vlmedit.config import TIERS
+from vlmedit.data.batches import TEXT_LENGTH
 from vlmedit.errors import ConfigError
 from vlmedit.io import load_picture
 from vlmedit.methods.judge import JudgeConfig, build_judge

@@ -19,7 +19,7 @@ import torch
 
 from vlmedit.cli._settings import typed
 from vlmedit.data.manifest import Feed
-from vlmedit.networks.sharding import DTensor, whole
+from vlmedit.training.gathered import DTensor, whole
 from vlmedit.training.real_models import RealOptimizer, make_accelerator, train_copy, train_real
 from vlmedit.training.settings import CopyConfig, RealConfig
 

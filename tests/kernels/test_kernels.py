@@ -1254,7 +1254,9 @@ def test_traffic_is_counted_where_it_arises(tmp_path, monkeypatch, capsys):
     most between its products, as the real ones do."""
     from vlmedit.kernels import traffic
 
-    from vlmedit.cost import plan
+    from vlmedit.cost import calls
+    from vlmedit.networks.backbones import families
+    from vlmedit.networks.backbones._base import Published
     from vlmedit.testing import random_models as tiny
 
     with torch.device("meta"):
@@ -1269,8 +1271,8 @@ def test_traffic_is_counted_where_it_arises(tmp_path, monkeypatch, capsys):
     attention = found[traffic.ATTENTION]
     assert attention.bytes == 4 * (48 + 12 + 12 + 48) + 4 * (2 * (48 + 12 + 12) + 2 * 48) and attention.flops == 14 * 48 * 3
     with torch.device("meta"):
-        small = tiny.z_image()
-    monkeypatch.setitem(plan.PUBLISHED, "Tongyi-MAI/Z-Image", lambda: small)
+        small = families()["z-image"].tiny.transformer(tiny.WIDTH)
+    monkeypatch.setattr(calls, "published", lambda place: Published((place,), lambda: small, lambda: None, ""))
     traffic.main(["--network", "Z-Image", "--json", str(tmp_path / "traffic.json")])
     counts = json.loads((tmp_path / "traffic.json").read_text())["networks"]["Z-Image"]
     between = {kind: m["bytes"] for kind, m in counts.items() if kind not in (traffic.PRODUCTS, traffic.ATTENTION)}
