@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_real_data import photo
+from helpers.photos import photo
 
 from vlmedit import benchmarks as b
 from vlmedit.cli import main

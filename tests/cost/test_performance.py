@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from test_papers import script
+from helpers.scripts import script
 from vlmedit.kernels import dispatch
 
 from vlmedit import kernels

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.photos import photo
 import torch
 from PIL import Image, ImageDraw
 
@@ -32,17 +33,6 @@ from vlmedit.networks.prompts import PromptTable
 from vlmedit.testing import random_models as tiny
 
 FIELDS = ["image", "instruction", "type", "object", "caption", "target_caption"]
-
-
-def photo(seed: int, size=(96, 64)) -> Image.Image:
-    """A picture of its own: smooth noise with a few shapes."""
-    rng = np.random.default_rng(seed)
-    rough = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(rough)
-    for _ in range(3):
-        x, y = rng.integers(0, size[0] - 20), rng.integers(0, size[1] - 20)
-        draw.ellipse((int(x), int(y), int(x) + 18, int(y) + 18), fill=tuple(int(v) for v in rng.integers(0, 255, 3)))
-    return rough
 
 
 @pytest.fixture

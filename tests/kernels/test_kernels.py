@@ -1042,7 +1042,7 @@ def test_a_wheel_holds_the_kernels_under_their_name_alone(tmp_path):
 
 COMPILE = """
 import sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/kernels"]
 import torch, test_kernels as T
 from vlmedit.kernels import bench, compiled
 if why := compiled.why_not():

@@ -24,7 +24,7 @@ def make(path: Path, *code: str, parameters: str = 'TIER = "smoke"\nSEED = 0\nWE
     return path
 
 
-RECORD = "from vlmedit import learn\nlearn.record(tier=TIER, seed=SEED, score=SEED * WEIGHT, by={'x': SEED + 1})"
+RECORD = "from vlmedit.teaching import checking\nchecking.record(tier=TIER, seed=SEED, score=SEED * WEIGHT, by={'x': SEED + 1})"
 
 
 def test_list_gives_titles_and_parameters(tmp_path, capsys):

@@ -11,7 +11,6 @@ from peft import LoraConfig
 
 from vlmedit.data.requests import QUESTIONS, Request, batch_of
 from vlmedit.methods.npedit import NPEdit, NPEditConfig
-from vlmedit.networks.backbones import backbone_of, load_transformer
 from vlmedit.networks.codec import PixelCodec
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judges import load_judge

@@ -29,7 +29,7 @@ from vlmedit.errors import InputError
 from vlmedit.io import save_json
 from vlmedit.teaching.checking import recorded
 
-FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 LARGEST = 1_000_000  # bytes of a committed notebook, so that code hosts show it
 TIERS = ("smoke", "laptop", "gpu")
 PATIENCE = {"smoke": 600, "laptop": 3600, "gpu": 12 * 3600}  # seconds that one cell may take, many times what it needs
