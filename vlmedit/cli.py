@@ -708,7 +708,7 @@ def read_json(path: Path) -> dict:
 
 
 def notebook(
-    action: Positional[Literal["list", "run", "sweep", "results", "refresh"]],
+    action: Positional[Literal["list", "copy", "run", "sweep", "results", "refresh"]],
     name: Positional[str] = "all",
     *,
     p: UseAppendAction[tuple[str, ...]] = (),
@@ -722,14 +722,14 @@ def notebook(
     against: str = "",
     json: JsonFile = None,
 ) -> int:
-    """List, run and sweep the notebooks, gather their metrics, bring their outputs up to date.
+    """List, copy, run and sweep the notebooks, gather their metrics, bring their outputs up to date.
 
     Args:
-        action: list; run; sweep (a grid: -p SEED=0,1,2); results (of the runs below the folder NAME); refresh (the committed outputs).
-        name: A notebook by name, number or path, or all; for results a folder of runs.
+        action: list; copy (without outputs, into the folder NAME); run; sweep (a grid: -p SEED=0,1,2); results (of the runs below the folder NAME); refresh (the committed outputs).
+        name: A notebook by name, number or path, or all; for copy a new folder, for results a folder of runs.
         p: A parameter, -p NAME=VALUE or -p NAME VALUE; again for another one. A sweep takes several values with commas.
         out: Folder of the executed notebooks and their results.
-        folder: Of the notebooks; by default the repository's.
+        folder: Of the notebooks; by default the package's own.
         jobs: Combinations of a sweep at a time.
         csv: Table of the results.
         parquet: The same as Parquet; needs pyarrow.
@@ -743,6 +743,14 @@ def notebook(
     given = parse_pairs(p, "-p")
     if action == "results":
         return notebook_results(Path(name if name != "all" else out), csv, parquet, plot, metric, against)
+    if action == "copy":
+        if name == "all":
+            raise InputError("copy needs a folder: vlmedit notebook copy FOLDER")
+        copied = suite.copy(suite.find("all", folder), Path(name))
+        print(f"{len(copied)} notebooks in {name}; open them with: jupyter lab {name}")
+        if json:
+            save_json({"copied": [str(path) for path in copied]}, json)
+        return 0
     chosen = suite.find(name, folder)
     if action == "list":
         listed = {n.name: {"title": n.title, "parameters": n.parameters} for n in chosen}
@@ -835,7 +843,7 @@ def study(
         equal: What all arms spend alike: updates, calls of the student, or CPU-seconds; a pilot of each arm tells what its updates cost.
         set: Settings for all arms as key=value (of one stage: sft.lr=1e-3); teacher, judge and student name other models.
         jobs: Cells trained at a time, each in a process of its own.
-        out: Folder of the results; papers/results/studies/NAME by default.
+        out: Folder of the results; by default papers/results/studies/NAME in a checkout, elsewhere runs/studies/NAME.
         runs: Folder of the trainings, shared by all studies; runs/studies by default.
     """
     from vlmedit.experiments import study as suite

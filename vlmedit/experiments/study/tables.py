@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlmedit.experiments.study.arms import STUDIES, find
-from vlmedit.experiments.study.plans import EQUAL, RESULTS, Plan, cell_file
+from vlmedit.experiments.study.plans import EQUAL, Plan, cell_file, results_folder
 from vlmedit.io import InputError, save_json
 
 FIGURES = ("success", "done", "kept", "on_manifold", "keep_psnr", "manifold_psnr", "p_edit", "p_identity", "hacking_gap", "held_out_gap", "calibration")
@@ -139,7 +139,7 @@ def draw(result: Mapping, path: Path) -> Path:
 def read(name: str, folder: str | os.PathLike | None = None) -> dict:
     """A study's table.json. Raises `InputError` where it has not been run."""
     find(name)
-    path = Path(folder or RESULTS / name) / "table.json"
+    path = Path(folder or results_folder() / name) / "table.json"
     if not path.is_file():
         raise InputError(f"{path}: study {name!r} has not been run; run it: vlmedit study {name}")
     return json.loads(path.read_text())
