@@ -969,6 +969,13 @@ def main(args: Sequence[str] | None = None) -> int:
     except OSError as error:
         _say(f"vlmedit: {error}")
         return BAD_INPUT
+    except ModuleNotFoundError as error:  # of a library that an extra brings
+        from vlmedit.extras import missing
+
+        if not (told := missing(error)):
+            raise
+        _say(f"vlmedit: {told}")
+        return BAD_INPUT
     except KeyboardInterrupt:
         _say("vlmedit: interrupted")
         return INTERRUPTED

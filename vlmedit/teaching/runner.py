@@ -25,6 +25,7 @@ from pathlib import Path
 
 import nbformat
 
+from vlmedit.extras import need
 from vlmedit.io import InputError, check_writable, save_json
 from vlmedit.teaching.checking import recorded
 from vlmedit.teaching.notebook import FOLDER, Notebook, code_hash, read, refreshed, without_outputs
@@ -128,6 +129,7 @@ def started(executed) -> int:
 def run(notebook: Notebook, values: Mapping, out: Path, progress: bool = True, patience: float | None = None) -> Result:
     """Execute into `out/NAME.ipynb`, with the `Result` beside it as JSON. A failing cell, one that takes longer than `patience`
     seconds (by default the tier's) and a kernel that dies are results, not exceptions."""
+    need("papermill")
     import papermill
 
     from vlmedit.teaching.engine import ENGINE, STOPPED
@@ -206,6 +208,7 @@ def _flat(nested: Mapping, before: str = "") -> dict:
 def results(folder: Path):
     """One row per finished run below `folder`: notebook, parameters, recorded metrics (nested names joined by dots), as a DataFrame.
     Raises `InputError` when there is none."""
+    need("pandas")
     import pandas
 
     rows = []
