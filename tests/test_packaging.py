@@ -1,4 +1,4 @@
-"""What is shipped: the source distribution holds all files, the wheel the package, and both work outside the checkout.
+"""What is shipped, and the tools around it: the source distribution holds all files, the wheel the package, and both work outside the checkout.
 
 The wheel is built from the unpacked source distribution, offline, and installed into virtual environments that hold what it declares and
 nothing else: the plain one must edit and evaluate, the one with the extras must train and run notebooks.
@@ -19,7 +19,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image, ImageDraw
 
 from vlmedit.extras import EXTRAS
@@ -82,7 +84,7 @@ def required(requirement: Requirement, extras: set[str], found: dict[str, metada
         distribution = metadata.distribution(requirement.name)
     except metadata.PackageNotFoundError:
         return  # of another platform, or optional in this environment
-    name = distribution.name.lower()
+    name = canonicalize_name(distribution.name)
     if name in found and not requirement.extras:
         return
     found[name] = distribution
@@ -252,3 +254,57 @@ def test_the_source_distribution_passes_tests(full, unpacked):
     """A few files of the suite, from the unpacked archive, with its own helpers and configuration."""
     done = run(full / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_flow.py", "tests/world/test_scenes.py", cwd=unpacked)
     assert re.search(r"\d+ passed", done.stdout) and "failed" not in done.stdout
+
+
+# --- tools
+
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+
+
+def test_the_lock_holds_what_the_package_declares():
+    """Every library of a plain install and of the extras that the tests need, at a version within its bounds."""
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    pairs = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    locked = {canonicalize_name(name): version for name, version in pairs}
+    extras = [text for name in ("train", "notebooks", "data", "test") for text in PROJECT["optional-dependencies"][name]]
+    for requirement in map(Requirement, PROJECT["dependencies"] + extras):
+        if requirement.name != "vlmedit":
+            assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), requirement
+
+
+def test_every_extra_is_in_all():
+    (everything,) = map(Requirement, PROJECT["optional-dependencies"]["all"])
+    assert everything.extras == set(PROJECT["optional-dependencies"]) - {"all"}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_call_make_targets_that_exist(path):
+    """Each job checks the code out and runs make targets; what else it runs installs the system's packages."""
+    workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert workflow["permissions"] == {"contents": "read"} and True in workflow  # YAML reads the key `on` as a truth value
+    for job in workflow["jobs"].values():
+        commands = [step["run"] for step in job["steps"] if "run" in step]
+        made = [command.split()[1] for command in commands if command.startswith("make ")]
+        assert made and set(made) <= TARGETS and job["timeout-minutes"] <= 360
+        assert all(command.startswith(("make ", "sudo apt-get ")) for command in commands)
+        assert job["steps"][0]["uses"].startswith("actions/checkout@")
+
+
+def test_the_workflows_cover_what_is_supported():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]
+    assert set(jobs) == {"lint", "test", "notebooks", "package", "docs"}
+    assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
+
+
+def test_ci_and_help_name_make_targets_that_exist():
+    called = set(re.findall(r"^(?:make|.*\|\| make) ([a-z-]+)", (ROOT / ".ci/run").read_text(encoding="utf-8"), re.M))
+    told = set(re.findall(r'@echo "make ([a-z-]+)', (ROOT / "Makefile").read_text(encoding="utf-8")))
+    assert "test" in called <= TARGETS and told <= TARGETS
+
+
+def test_pre_commit_never_strips_outputs():
+    text = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    hooks = [hook["id"] for repo in yaml.safe_load(text)["repos"] for hook in repo["hooks"]]
+    assert {"ruff-check", "ruff-format", "mypy", "nbformat", "check-added-large-files"} <= set(hooks)
+    assert "nbstripout" not in text and not any("strip" in hook for hook in hooks)
