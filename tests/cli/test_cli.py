@@ -518,6 +518,16 @@ def test_doctor_checks_versions_against_declared_bounds(monkeypatch):
     assert not found["no-such-package"].ok and "unused" not in found
 
 
+def test_doctor_tells_which_extras_are_there(monkeypatch):
+    """What is missing is no failure, what is too old is; an extra within an extra is not looked up as a package."""
+    declared = ["torch>=2", "einops>=99; extra == 'train'", "no-such-package>=1; extra == 'notebooks'", "vlmedit[train]; extra == 'notebooks'"]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: declared)
+    train, notebooks, data = doctor.extras()
+    assert not train.ok and "einops" in train.detail and ">=99 is needed; pip install 'vlmedit[train]'" in train.detail
+    assert notebooks.ok and notebooks.detail == "not installed: no-such-package; pip install 'vlmedit[notebooks]'"
+    assert data.ok and data.detail == "there" and "torch" not in train.detail
+
+
 def test_doctor_measures_durations_of_every_stage(monkeypatch):
     """Each registered stage makes real updates from random models."""
     monkeypatch.setattr(doctor, "PATIENCE", float("inf"))

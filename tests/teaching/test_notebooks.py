@@ -14,7 +14,8 @@ import pytest
 from vlmedit.pipelines.shapes import checkpoint
 from vlmedit.teaching import checking, exercises
 from vlmedit.teaching.checking import Exercise
-from vlmedit.teaching.workshop import solved, without_outputs
+from vlmedit.teaching.notebook import without_outputs
+from vlmedit.teaching.workshop import solved
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -157,7 +158,7 @@ def test_every_exercise_runs_as_a_stub_and_with_its_solution(path):
     """Each stub's own cell gives the reference; the reference in its place is kept. Every stub is checked."""
     notebook = nbformat.read(path, 4)
     stubs = [c.source for c in notebook.cells if "exercise" in c.metadata.get("tags", ())]
-    checks = dict(re.findall(r"^(\w+) = learn\.check\(\1, exercises\.(\w+)\)$", "\n".join(code_of(path)), re.M))
+    checks = dict(re.findall(r"^(\w+) = checking\.check\(\1, exercises\.(\w+)\)$", "\n".join(code_of(path)), re.M))
     names = {ast.parse(s).body[0].name for s in stubs}
     assert names == set(checks) and names
     for stub in stubs:

@@ -18,7 +18,16 @@ from tempfile import TemporaryDirectory
 from torch import nn
 
 from vlmedit.cost import counting
-from vlmedit.cost.calls import WORDS, backbone_call, decoder_call, encoder_flops, judge_calls, meta_codec, meta_judge, meta_transformer
+from vlmedit.cost.calls import (
+    WORDS,
+    backbone_call,
+    decoder_call,
+    encoder_flops,
+    judge_calls,
+    meta_codec,
+    meta_judge,
+    meta_transformer,
+)
 from vlmedit.cost.counting import Call
 from vlmedit.data.manifest import read_manifest, texts_of
 from vlmedit.errors import InputError

@@ -8,7 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vlmedit.networks.backbones._base import Backbone, Family, Published, Stock, Tiny, exact_time, grid_ids, pack, unpack
+from vlmedit.networks.backbones._base import (
+    Backbone,
+    Family,
+    Published,
+    Stock,
+    Tiny,
+    exact_time,
+    grid_ids,
+    pack,
+    unpack,
+)
 from vlmedit.networks.backbones._tiny import clip_config, full_kl, kl, t5
 
 
