@@ -52,7 +52,8 @@ from vlmedit.networks.load import load_judges, load_roles
 from vlmedit.networks.prompts import PromptEmbeddings, PromptTable
 from vlmedit.testing import PREFIX
 from vlmedit.testing import random_models as tiny
-from vlmedit.training.real_models import RealEdit, RealOptimizer, RealRun, Setup, make_accelerator, prepared, told, train_loaded
+from vlmedit.training.optimizer import Optimizer
+from vlmedit.training.real_models import RealEdit, RealRun, Setup, make_accelerator, prepared, told, train_loaded
 from vlmedit.training.settings import RealConfig
 
 HERE = Path(__file__).parent
@@ -90,7 +91,7 @@ class FullLogits(nn.Module):
         return last[:, self.judge.config.yes_token_id] - last[:, self.judge.config.no_token_id]
 
 
-class PlainSteps(RealOptimizer):
+class PlainSteps(Optimizer):
     """Steps without moments, where AdamW's do not fit the device: their bytes are then counted, not measured."""
 
     def __init__(self, model: nn.Module, config: RealConfig, lr: float | None = None):
@@ -315,7 +316,7 @@ def measure(config: RealConfig, whole: bool, updates: int, plain: bool = False, 
         setup = RandomSetup(config)
         judge = setup.judge()
     ledger = Ledger(setup.run.device)
-    loop = train_loaded(setup, FullLogits(judge) if whole else judge, partial(Measured, ledger), PlainSteps if plain else RealOptimizer)
+    loop = train_loaded(setup, FullLogits(judge) if whole else judge, partial(Measured, ledger), PlainSteps if plain else Optimizer)
     ledger.begin(counting=True)
     step = next(loop)
     first, timed = ledger.entries, []

@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from helpers.photos import photo
+from PIL import Image
 
 from vlmedit import benchmarks as b
 from vlmedit.cli import main

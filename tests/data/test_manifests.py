@@ -11,13 +11,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.photos import photo
 import torch
-from PIL import Image, ImageDraw
+from helpers.photos import photo
+from PIL import Image
 
 from vlmedit.cli import main
 from vlmedit.data import shards as sh
-from vlmedit.data.layouts import MAPPED, Item, check_dataset, kind_of, read_dataset, read_items, thing_removed, write_items
+from vlmedit.data.layouts import (
+    MAPPED,
+    Item,
+    check_dataset,
+    kind_of,
+    read_dataset,
+    read_items,
+    thing_removed,
+    write_items,
+)
 from vlmedit.data.manifest import load_fitted
 from vlmedit.data.prepare import journal as journals
 from vlmedit.data.prepare import run as p

@@ -1,9 +1,7 @@
 """The papers' figures: the tables of the pages are those of papers/results, and every figure in them is one of a file there."""
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest

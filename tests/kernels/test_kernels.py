@@ -733,7 +733,14 @@ def test_rotation_of_neighbors_is_diffusers():
 
 def test_the_exercises_are_the_kernels():
     """Notebook 09: programs of the first two exercises, put together, give the reference's residual and norm; the third is its gradient."""
-    from vlmedit.teaching.exercises.kernels import GATED_BLOCK, MODULATION_BACKWARD, NORMED_ROW, Memory, gated_block, normed_row
+    from vlmedit.teaching.exercises.kernels import (
+        GATED_BLOCK,
+        MODULATION_BACKWARD,
+        NORMED_ROW,
+        Memory,
+        gated_block,
+        normed_row,
+    )
 
     x, branch = torch.randn(2, 2, 3, 5)
     gate, scale, shift = torch.randn(3, 2, 5)

@@ -13,7 +13,16 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from vlmedit.data.requests import Request, batch_of
 from vlmedit.equations.judge_loss import answer_margins, asked, judge_loss, see
-from vlmedit.networks.judges import FAMILIES, Blind, Ensemble, fitting_size, lanczos, load_judge, preprocessor_settings, two_row_margin
+from vlmedit.networks.judges import (
+    FAMILIES,
+    Blind,
+    Ensemble,
+    fitting_size,
+    lanczos,
+    load_judge,
+    preprocessor_settings,
+    two_row_margin,
+)
 from vlmedit.networks.prompts import PromptTable
 from vlmedit.testing import random_models as tiny
 

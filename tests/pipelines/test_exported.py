@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 
 from vlmedit.cli import main
 from vlmedit.cli._settings import read_settings, typed
-from vlmedit.networks.backbones import family_of, load_transformer, widen
+from vlmedit.networks.backbones import family_of
+from vlmedit.networks.load import load_transformer, widen
 from vlmedit.networks.lora import LORA_FILE, lora_targets
 from vlmedit.pipelines import export as exporting
 from vlmedit.pipelines import exported as editor

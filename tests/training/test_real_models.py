@@ -49,7 +49,8 @@ from vlmedit.seeds import rng_for
 from vlmedit.testing import resolve
 from vlmedit.training import real_models as train
 from vlmedit.training import trackers
-from vlmedit.training.real_models import Guided, RealEdit, Setup, Waiting, train_copy, train_real
+from vlmedit.training.offload import Offloaded
+from vlmedit.training.real_models import Guided, RealEdit, Setup, train_copy, train_real
 from vlmedit.training.settings import CONFIGS, CopyConfig, RealConfig, find_config, shipped
 
 BACKBONES = ("z-image", "flux")
@@ -158,13 +159,13 @@ def test_roles_can_wait_on_the_cpu(settings, monkeypatch):
     """Two updates with every role waiting while others work end with the weights of two updates without; weights were elsewhere meanwhile,
     a frozen role's home is never written, and nobody is missing when it is called."""
     states, away = [], []
-    leave = Waiting.leave
+    leave = Offloaded.leave
 
     def watch(self):
         away.append(bool(self.homes) and all(p.data_ptr() != home.data_ptr() for p, home in self.homes.items()))
         leave(self)
 
-    monkeypatch.setattr(Waiting, "leave", watch)
+    monkeypatch.setattr(Offloaded, "leave", watch)
     for offload in ((), ("student", "fake", "teacher", "judge")):
         given = settings("flux", roles="modules", steps=2, offload=list(offload), out=str(Path(settings()["out"]) / f"{len(offload)}"))
         list(train_real(config_of(given)))
@@ -172,7 +173,7 @@ def test_roles_can_wait_on_the_cpu(settings, monkeypatch):
     assert moved(*states) == 0 and sum(away) > 4
     module = nn.Linear(3, 3).requires_grad_(False)
     home = module.weight.data_ptr()
-    waiting = Waiting(module, torch.device("cpu"))
+    waiting = Offloaded(module, torch.device("cpu"))
     waiting.enter()
     module.weight.data.add_(1)
     waiting.leave()
