@@ -149,7 +149,7 @@ def test_settings_of_the_papers_table_are_the_configs():
     assert here["second time $t$"] == "{.75, .5, .25} (shift 1)" and (c.sampler_steps, c.sampler_shift) == (4, 1.0)
     assert (here["calls in the unroll"], c.calls) == ("as released", "mixed") and (here["noise at the second call"], c.renoise) == ("fresh", "fresh")
     assert here["do-nothing share"] == f"{EDIT_SHARES['nothing']:.0%}".replace("%", " %")
-    assert here["share of requests that are fulfilled already (target = reference)"].startswith(f"{c.settled:.0%}".replace("%", " %"))
+    assert here["share of requests that are fulfilled already (target = reference)"].startswith(f"{c.data.fulfilled_share:.0%}".replace("%", " %"))
     assert here["removals among requests"].startswith(f"{EDIT_SHARES['remove']:.0%}".replace("%", " %"))
 
 

@@ -119,8 +119,8 @@ class RealConfig(Settings):
             raise ConfigError(f"spike is {self.spike}; it must be positive")
         if self.gain_steps < 0:
             raise ConfigError(f"gain_steps is {self.gain_steps}; it must be at least 0")
-        self.npedit()  # its checks hold here too
         self.check_choices(roles=ROLES, optimizer=OPTIMIZERS, sharding=SHARDING, matching=MATCHING, questions=QUESTIONS, codec_precision=("fp32", "bf16"))
+        self.npedit()  # its checks hold here too
         for name, allowed in dict(checkpointing=CHECKPOINTED, offload=OFFLOADED, trackers=TRACKERS).items():
             if wrong := [v for v in getattr(self, name) if v not in allowed]:
                 raise ConfigError(f"{name} names {', '.join(map(repr, wrong))}; known: {', '.join(allowed)}")
