@@ -155,6 +155,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(checkout, wheel):
     expected |= {f"vlmedit/kernels/{name}" for name in files_below(checkout / "kernels/src")}
     expected |= {f"vlmedit/notebooks/{name}" for name in files_below(checkout / "notebooks")}
     assert names == expected
+    assert not [name for name in names if name.startswith("kernels")]  # transformers and diffusers probe for a package of that name
     assert "vlmedit/py.typed" in names and "vlmedit/checkpoints/shapes/editor/config.json" in names
 
 
