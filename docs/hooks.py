@@ -1,7 +1,7 @@
-"""What MkDocs cannot know by itself: the pages of the site that do not lie in docs/, and where a link between files of the repository leads.
+"""What MkDocs cannot know by itself: which pages do not lie in docs/, and where a link between files leads.
 
-Pages in docs/ and beside it link to each other as files do, so that they also work in an editor and on a code host. In the site such a link
-leads to the page that was made of the file; a link to a file that has no page, such as a module, becomes its text.
+Pages link to each other as files do, so that the links also work in an editor and on a code host. In the site such a
+link leads to the page that was made of the file; a link to a file that has no page, such as a module, becomes its text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-BESIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "kernels/*.md", "notebooks/*.md", "notebooks/*.ipynb", "papers/*.md", "papers/results/**/*.png")
+BESIDE = (
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "kernels/*.md",
+    "notebooks/*.md",
+    "notebooks/*.ipynb",
+    "papers/*.md",
+    "papers/results/**/*.png",
+)
 BASICS = "basics"  # the API page of the modules that lie in no folder
 NO_API = ("checkpoints", "cli", "configs", "__pycache__")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
@@ -108,7 +116,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links in notebooks, which are rendered without MkDocs: to other notebooks they lead to their pages, to other files nowhere."""
+    """Links in notebooks, which are rendered without MkDocs: to pages they lead there, to other files nowhere."""
     if not page.file.src_uri.endswith(".ipynb"):
         return html
 
