@@ -1,4 +1,4 @@
-"""What is shipped, and the tools around it: the source distribution is complete, and the wheel works outside the checkout.
+"""What is shipped, and the tools around it: the source distribution is complete, the wheel works outside the checkout.
 
 The wheel is built from the unpacked source distribution, offline, and installed into virtual environments that hold
 what it declares and nothing else: the plain one must edit and evaluate, the full one must train and run notebooks.
@@ -198,7 +198,7 @@ def third_party(path: Path) -> set[str]:
 
 
 def test_every_library_is_declared_and_every_declared_one_is_used():
-    """What is imported comes with a plain install or with the extra that its message names; nothing is asked in vain."""
+    """What is imported comes with a plain install or with the extra that its message names; nothing in vain."""
     used = {
         name
         for folder in ("vlmedit", "kernels/src")

@@ -15,7 +15,7 @@ __all__ = ["__version__", "load", *_HOMES]
 
 
 def load(name_or_dir="shapes", role: str = "editor", device=None):
-    """An `EditPipeline`: of a shipped family ("shapes"), of a folder that `save_pretrained` wrote, or of a student's run.
+    """An `EditPipeline`: of a shipped family ("shapes"), of a folder that `save_pretrained` wrote, or of a run.
 
     `role` chooses the student of a family: editor, warm (before the no-pair training) or teacher (text to image alone).
     """
