@@ -13,11 +13,10 @@ from dataclasses import replace
 import torch
 from measure import load, write
 
-from vlmedit.config import MAKERS, SyntheticConfig
 from vlmedit.data.world import paired_batch, unpaired_batch
 from vlmedit.equations.judge_loss import judge_loss
 from vlmedit.equations.rewards import WORDINGS, TeacherJudge, reworded
-from vlmedit.methods.synthetic_pairs import approved, make_pairs
+from vlmedit.methods.synthetic_pairs import PAIR_EDITORS, SyntheticPairsConfig, approved, make_pairs
 
 SEED = ("held-out", "asking")  # of requests that no trainer draws
 
@@ -54,8 +53,8 @@ def teacher(model, requests, right, draws: int) -> dict:
 @torch.no_grad()
 def pairs(model, judge, n: int) -> dict:
     """Share of each maker's pairs that the judge says yes to twice, in all and by edit type."""
-    found, config = {}, SyntheticConfig()
-    for maker in MAKERS:
+    found, config = {}, SyntheticPairsConfig()
+    for maker in PAIR_EDITORS:
         torch.manual_seed(0)
         kept, kinds = [], defaultdict(list)
         for first in range(0, n, 64):

@@ -12,7 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 
-from vlmedit.config import JudgeConfig, NPEditConfig, TeacherConfig, WarmupConfig
+from vlmedit.methods.copy_warmup import CopyWarmupConfig
+from vlmedit.methods.judge import JudgeConfig
+from vlmedit.methods.npedit import NPEditConfig
+from vlmedit.methods.teacher import TeacherConfig
 from vlmedit.pipelines.card import write_card
 from vlmedit.pipelines.shapes import checkpoint
 
@@ -94,7 +97,7 @@ def warm() -> None:
     write_card(checkpoint("shapes", "warm"), dict(
         MADE, title="shapes: warmed-up student",
         summary="The copy warm-up: returns the reference whatever the instruction; its text encoder has read instructions.",
-        command="vlmedit train warmup", config=WarmupConfig(), cpu_minutes=12,
+        command="vlmedit train warmup", config=CopyWarmupConfig(), cpu_minutes=12,
         metrics={**averages(entries, "success", "keep_psnr"), "n": entries[0]["n"], "seeds": len(entries)},
         intended_use="Start of NP-Edit.", limits=["Edits nothing."],
     ))  # fmt: skip

@@ -27,12 +27,19 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 sys.path.insert(0, str(HERE.parent / "tests"))  # the foreign drawings live with the tests
 
-from vlmedit.config import DistillConfig, SFTConfig  # noqa: E402
-from vlmedit.evaluation.editing import evaluate_judge, evaluate_student, evaluate_teacher, judge_against_oracle  # noqa: E402
+from vlmedit.evaluation.editing import evaluate_student, judge_against_oracle  # noqa: E402
+from vlmedit.evaluation.judge import evaluate_judge  # noqa: E402
+from vlmedit.evaluation.teacher import evaluate_teacher  # noqa: E402
 from vlmedit.experiments import study  # noqa: E402
-from vlmedit.methods.distill import train_distill  # noqa: E402
+from vlmedit.methods.distill import (
+    DistillConfig,  # noqa: E402
+    train_distill,  # noqa: E402
+)
 from vlmedit.methods.npedit import train_npedit  # noqa: E402
-from vlmedit.methods.sft import train_sft  # noqa: E402
+from vlmedit.methods.sft import (
+    SFTConfig,  # noqa: E402
+    train_sft,  # noqa: E402
+)
 from vlmedit.networks.dit import DiT  # noqa: E402
 from vlmedit.networks.judge import JudgeModel  # noqa: E402
 from vlmedit.pipelines.shapes import checkpoint  # noqa: E402
@@ -114,8 +121,9 @@ def measure_live(args) -> None:
 def measure_strip(args) -> None:
     """README's strip of pictures: the first held-out edits, one of each type."""
     from vlmedit.data.world import held_out
-    from vlmedit.evaluation.editing import ask_judge, edit_examples, judge_by_oracle
-    from vlmedit.figures import strip, wrap
+    from vlmedit.evaluation.editing import edit_examples, judge_by_oracle
+    from vlmedit.evaluation.judge import ask_judge
+    from vlmedit.figures import save, sheet, wrap
     from vlmedit.world.edits import EDIT_TYPES
 
     judge, examples, roles = load("judge"), held_out(2 * len(EDIT_TYPES), 0, EDIT_TYPES), ("warm", "editor")
@@ -130,7 +138,8 @@ def measure_strip(args) -> None:
     half = len(rows) // 2  # two edits per line
     lines = [(rows[i][0], [*rows[i][1], rows[i + half][0], *rows[i + half][1]]) for i in range(half)]
     join = lambda parts: [parts[i] + parts[i + half] for i in range(half)]
-    strip(lines, join(titles), RESULTS / "strip.png", ("reference", "warm start", "no-pair editor") * 2, join(frames))
+    heads = ("reference", "warm start", "no-pair editor") * 2
+    save(sheet(lines, join(titles), heads, join(frames)), RESULTS / "strip.png")
 
 
 def measure_foreign(args) -> None:

@@ -19,15 +19,17 @@ from measure import write
 from torch import Tensor
 
 import vlmedit
-from vlmedit.config import NPEditConfig
-from vlmedit.data.world import TEXT_LENGTH, rng_for, sample_example
-from vlmedit.evaluation.editing import evaluate, judge_by_oracle, right_answers
+from vlmedit.data.batches import TEXT_LENGTH
+from vlmedit.data.world import sample_example
+from vlmedit.evaluation.editing import evaluate, judge_by_oracle
+from vlmedit.evaluation.judge import right_answers
 from vlmedit.flow import flow_matching_loss, logit_normal_time
-from vlmedit.methods.npedit import NPEdit, train_npedit
-from vlmedit.networks.text import encode
+from vlmedit.methods.npedit import NPEdit, NPEditConfig, train_npedit
 from vlmedit.pipelines.shapes import EditPipeline, checkpoint
+from vlmedit.seeds import rng_for
 from vlmedit.world.language import describe
 from vlmedit.world.render import render
+from vlmedit.world.tokenizer import encode
 
 EDIT, REST, FIRST = 0.6, 0.3, 0.4
 

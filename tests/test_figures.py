@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlmedit.figures import BAD, GOOD, curve, strip, to_array, wrap
+from vlmedit.figures import BAD, GOOD, curve, save, sheet, to_array, wrap
 
 
 def pixels(path) -> np.ndarray:
@@ -37,18 +37,20 @@ def test_to_array_maps_the_range_and_clamps():
 
 def test_a_strip_shows_every_picture_and_its_verdict(tmp_path):
     """Both pictures' colors cover thousands of pixels; a blue frame stands for done, an orange one for not, none for neither."""
-    path = strip([(RED, [CYAN, CYAN])], [["make it cyan", "yes", "no"]], tmp_path / "new" / "strip.png", ("reference", "a", "b"), [[None, True, False]])
+    titles, heads = [["make it cyan", "yes", "no"]], ("reference", "a", "b")
+    figure = sheet([(RED, [CYAN, CYAN])], titles, heads, [[None, True, False]])
+    path = save(figure, tmp_path / "new" / "strip.png")
     assert path.is_file()
     assert count(path, "#FF0000") > 5000 and count(path, "#00FFFF") > 10_000
     assert count(path, GOOD) > 300 and count(path, BAD) > 300
-    bare = strip([(RED, [CYAN, CYAN])], [[]], tmp_path / "bare.png")
+    bare = save(sheet([(RED, [CYAN, CYAN])], [[]]), tmp_path / "bare.png")
     assert count(bare, GOOD) == count(bare, BAD) == 0
 
 
 def test_rows_may_differ_in_length(tmp_path):
     """A short row leaves its last places empty: fewer cyan pixels than a full one, by one picture."""
-    full = strip([(RED, [CYAN, CYAN]), (RED, [CYAN, CYAN])], [], tmp_path / "full.png")
-    short = strip([(RED, [CYAN, CYAN]), (RED, [CYAN])], [], tmp_path / "short.png")
+    full = save(sheet([(RED, [CYAN, CYAN]), (RED, [CYAN, CYAN])], []), tmp_path / "full.png")
+    short = save(sheet([(RED, [CYAN, CYAN]), (RED, [CYAN])], []), tmp_path / "short.png")
     assert count(short, "#00FFFF") == pytest.approx(0.75 * count(full, "#00FFFF"), rel=0.1)
 
 
@@ -70,7 +72,13 @@ def test_wrap_keeps_the_words_and_the_width():
 
 
 def test_the_plotting_backend_is_left_alone():
-    """Importing the module neither loads pyplot nor chooses a backend: a notebook keeps its inline figures."""
-    code = "import sys, vlmedit.figures; assert 'matplotlib.pyplot' not in sys.modules"
+    """Drawing neither loads pyplot nor chooses a backend: a notebook keeps its inline figures. Importing loads no
+    matplotlib at all."""
+    code = """
+import sys, torch, vlmedit.figures as show
+assert 'matplotlib' not in sys.modules
+show.sheet([(torch.zeros(3, 2, 2), [])], [])
+assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,8 @@
 """Flow: one set of conventions, its inverses, closed-form samplers, and agreement with diffusers."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -64,6 +67,76 @@ def test_guidance_end_points():
     assert torch.equal(flow.guide(cond, uncond, 0.0), uncond)
     torch.testing.assert_close(flow.guide(cond, uncond, 2.0) - cond, cond - uncond, atol=1e-14, rtol=0)
     assert torch.equal(flow.guide(cond, cond, 7.5), cond)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+def test_guidance_scales_belong_to_rows(dtype):
+    """A scale per row equals the calls one by one, exactly, whatever the rank; a graph reaches the scales."""
+    cond, uncond, _ = (x.to(dtype) for x in triple())
+    w = torch.tensor([0.0, 1.0, 2.0, 3.5, 7.5])
+    for shape in ((5, 3, 4, 4), (5, 48), (5,)):
+        c, u = (x.flatten()[: 5 * int(torch.tensor(shape[1:]).prod())].view(shape) for x in (cond, uncond))
+        guided = flow.guide(c, u, w)
+        assert guided.dtype == dtype and guided.shape == shape
+        assert torch.equal(guided, torch.cat([flow.guide(c[i : i + 1], u[i : i + 1], float(w[i])) for i in range(5)]))
+    w.requires_grad_()
+    flow.guide(cond, uncond, w).float().sum().backward()
+    tolerance = 0.2 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(w.grad, (cond - uncond).float().flatten(1).sum(1), atol=tolerance, rtol=0)
+
+
+# --- noise
+
+
+def streams(kind: str):
+    """No generator, one, a list of one, one for each of four rows, and more than there are rows."""
+    count = {"none": 0, "one": 1, "alone": 1, "rows": 4, "spare": 6}[kind]
+    made = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    return {"none": None, "one": made[0]}[kind] if kind in ("none", "one") else made
+
+
+@pytest.mark.parametrize("kind", ("none", "one", "alone", "rows", "spare"))
+@pytest.mark.parametrize("dtype", (None, torch.float64, torch.bfloat16))
+def test_noise_is_what_diffusers_draws(kind, dtype):
+    """Bit for bit, two draws of one stream, and the streams stand at the same place afterwards."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    drawn = []
+    for draw in (flow.noise_like, randn_tensor):
+        torch.manual_seed(3)
+        stream = streams(kind)
+        drawn.append([draw((4, 3, 5, 2), generator=stream, device=torch.device("cpu"), dtype=dtype) for _ in range(2)])
+        drawn[-1].append(torch.randn(2, generator=stream[0] if isinstance(stream, list) else stream))
+    ours, theirs = drawn
+    assert ours[0].dtype == (dtype or torch.float32) and ours[0].shape == (4, 3, 5, 2)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert not torch.equal(ours[0], ours[1])
+
+
+def test_noise_of_a_row_does_not_depend_on_the_others():
+    """With a generator each, a row's noise is the one it gets alone; too few generators are an error."""
+    whole = flow.noise_like((4, 3, 2), streams("rows"))
+    for row in range(4):
+        assert torch.equal(whole[row : row + 1], flow.noise_like((1, 3, 2), torch.Generator().manual_seed(row)))
+    with pytest.raises(IndexError):
+        flow.noise_like((4, 3, 2), streams("rows")[:2])
+
+
+def test_noise_for_another_device_is_drawn_on_the_cpu():
+    """A generator of the CPU moves as it would for noise that stays there: a seed means one noise on every device."""
+    stream = torch.Generator().manual_seed(1)
+    assert flow.noise_like((2, 3), stream, device="meta").is_meta
+    fresh = torch.Generator().manual_seed(1)
+    torch.randn(2, 3, generator=fresh)
+    assert torch.equal(stream.get_state(), fresh.get_state())
+
+
+def test_conventions_need_torch_alone():
+    """Importing the module loads none of the libraries of models."""
+    libraries = "('diffusers', 'transformers', 'accelerate')"
+    code = f"import sys, vlmedit.flow; print([m for m in {libraries} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 # --- schedules

@@ -19,9 +19,9 @@ from matplotlib.colors import to_rgb as named
 from PIL import Image, ImageDraw, PngImagePlugin
 
 from vlmedit import io as pictures
+from vlmedit.errors import InputError
 from vlmedit.io import (
     MAX_PIXELS,
-    InputError,
     border_color,
     check_space,
     gather,
@@ -162,7 +162,6 @@ def test_scaled_drawings_look_as_if_drawn_small():
 
     import torch
 
-    from vlmedit.data.samples import to_image
     from vlmedit.world.oracle import psnr
     from vlmedit.world.render import render
     from vlmedit.world.scene import Look, sample_scene
@@ -170,9 +169,31 @@ def test_scaled_drawings_look_as_if_drawn_small():
     rng = random.Random(0)
     scenes = [replace(sample_scene(rng), look=Look()) for _ in range(16)]
     large = render([replace(s, look=Look(softness=32 / 200)) for s in scenes], 200)
-    views = np.stack([array(pictures.to_view(to_image(x), 32)) for x in large])
+    views = np.stack([array(pictures.to_view(pictures.to_image(x), 32)) for x in large])
     small = torch.from_numpy(views).permute(0, 3, 1, 2).float() / 127.5 - 1
     assert psnr(small, render(scenes, 32)).mean() > 38
+
+
+def test_pictures_and_tensors_are_inverse():
+    """All 256 levels come back; -1, 0 and 1 are black, middle and white; what lies outside is clamped; rows, columns and
+    channels keep their places; neither a graph nor half precision is in the way."""
+    import torch
+
+    levels = np.arange(256, dtype=np.uint8).reshape(8, 32)[..., None] ^ np.array([0, 85, 170], np.uint8)
+    tensor = pictures.to_tensor(Image.fromarray(levels))
+    assert tensor.shape == (3, 8, 32) and tensor.dtype == torch.float32 and tensor.min() == -1 and tensor.max() == 1
+    assert (array(pictures.to_image(tensor)) == levels).all()
+    assert tensor[1, 3, 5] == levels[3, 5, 1] / 127.5 - 1
+    odd = torch.tensor([-7.0, -1.0, 0.0, 1.0, 1.01]).repeat(3, 2, 1).requires_grad_()
+    assert array(pictures.to_image(odd))[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+    assert array(pictures.to_image(odd.bfloat16()))[1, :, 2].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_tensors_of_large_pictures_are_scaled_down():
+    """To the longer side asked for, never up, and any mode becomes RGB."""
+    assert pictures.to_tensor(drawing(120, 60), side=40).shape == (3, 20, 40)
+    assert pictures.to_tensor(drawing(120, 60), side=400).shape == (3, 60, 120)
+    assert pictures.to_tensor(drawing(120, 60).convert("L")).shape == (3, 60, 120)
 
 
 def png_header(width: int, height: int) -> bytes:

@@ -1,7 +1,12 @@
-"""One frozen dataclass per training stage: flat literals, each with its unit and source.
+"""Settings: frozen dataclasses of flat literals, each with its unit and source, and how a flat file becomes one.
+
+A run's settings are those of its method (`NPEditConfig` in methods/npedit.py and so on), which extend `TrainConfig`: run, optimization and
+machine; and those of its data, `config.data`: a `WorldConfig` where the place `data` is "world", otherwise a `ManifestConfig`. Files and
+`--set` are flat: `make` gives every key to the one dataclass that has it.
 
 `TIER` is the one dial: smoke (seconds, for tests), laptop (the shipped checkpoints), gpu (a larger world).
-Sources: [R] the authors' released configuration, [X] measured here (papers/log.md).
+Sources: [R] the authors' released configuration, [P] the paper [arXiv:2510.14978], [X] measured here (papers/log.md). Defaults are the
+miniature's; `configs/zimage_internvl.yaml` is the released recipe.
 """
 
 from __future__ import annotations
@@ -10,64 +15,59 @@ import dataclasses
 import difflib
 import json
 import math
+import types
+import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
-from vlmedit.data.world import TASKS
-from vlmedit.equations.dmd import NORMS
-from vlmedit.equations.matching import OBJECTIVES
-from vlmedit.equations.rewards import REWARDS, WORDINGS
-from vlmedit.equations.training_free import EDITORS
-from vlmedit.equations.unroll import CALLS, RENOISE
-from vlmedit.world.edits import ALL_TYPES
+from vlmedit.errors import ConfigError
 
 TIERS = ("smoke", "laptop", "gpu")
-POSITIVE = ("lr", "fake_lr", "critic_lr", "clip", "spike", "time_shift", "sampler_shift", "ratio_clip", "advantage_clip", "pool", "sampler_steps")
-NOT_NEGATIVE = ("seed", "gain_steps", "warmup", "attack_from", "attack_steps", "attack_radius", "weight_decay", "fake_updates")  # and every weight
-SHARES = ("final_lr", "text_dropout", "attack_share", "mismatch")  # in [0, 1]
-MAKERS = ("twins", *EDITORS)  # of synthetic pairs: see vlmedit/methods/synthetic_pairs.py
+WORLD = "world"  # the place of data that are drawn, not read
+POSITIVE = (
+    "lr", "fake_lr", "critic_lr", "clip", "skip_above", "time_shift", "sampler_shift", "ratio_clip", "advantage_clip",
+    "request_limit", "sampler_steps", "alpha",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "seed", "logit_gain_steps", "warmup", "attack_from", "attack_steps", "attack_radius", "weight_decay", "fake_updates",
+    "strip_every",
+)  # and every weight  # fmt: skip
+SHARES = ("final_lr", "text_dropout", "attack_share", "mismatch", "nothing_share", "flip", "instruction_share")  # in [0, 1]
+OPTIMIZERS = ("muon", "adamw", "adamw8bit", "paged_adamw8bit")
+TRACKERS = ("tensorboard", "wandb", "trackio")
+ROLES = ("modules", "adapters")
+RECOMPUTED = ("backbone", "judge", "codec")
+OFFLOADED = ("student", "fake", "teacher", "judge")
+SHARDING = ("auto", "fsdp2", "none")
+QUESTIONS = ("released", "shapes")  # wordings of the judge's questions: see vlmedit/data/requests.py
+TASKS = ("edit", "customise", "both")  # of the world: see vlmedit/data/world.py
+EDIT_TYPES = ("add", "remove", "replace", "recolor", "texture", "background", "move", "style", "nothing", "customise")
+BUCKETS = ("512x512", "576x448", "448x576", "640x384", "384x640", "512x384", "384x512")  # width x height [R]
+RENAMED = {  # settings by the name that they had before 0.2
+    "backbone": "teacher", "start": "student", "second": "judge (a second name in it)", "guidance_strong": "guidance_by_type",
+    "strong_types": "guidance_by_type", "spike": "skip_above", "settled": "fulfilled_share", "pool": "request_limit",
+    "gain_steps": "logit_gain_steps", "maker": "pair_editor", "maker_start": "pair_editor_start",
+    "maker_steps": "pair_editor_steps", "follow": "target_decay",
+}  # fmt: skip
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used: the message names it, its value and the remedy."""
+class Settings:
+    """The checks that every dataclass of settings shares."""
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What every stage has."""
-
-    out: str = "runs/run"  # run folder: checkpoints, logs, metrics
-    seed: int = 0
-    steps: int = 1000  # updates
-    batch: int = 64  # samples per update and process
-    side: int = 32  # pixels
-    lr: float = 2e-3  # peak, AdamW and Muon alike [X]
-    warmup: int = 100  # updates of linear warm-up
-    final_lr: float = 0.02  # share of the peak at the end of the cosine
-    betas: tuple[float, float] = (0.9, 0.99)  # AdamW
-    weight_decay: float = 0.01
-    clip: float = 2.0  # gradient norm [R]
-    spike: float = 300.0  # gradient norm above which an update is skipped [R]
-    ema: float = 0.998  # decay of the averaged weights; 0 keeps none
-    precision: str = "bf16"  # autocast: bf16 or no
-    save_every: int = 500  # updates between checkpoints
-
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.check_numbers()
-        self.check_counts("steps", "batch", "side", "save_every")
-        if not 0 <= self.ema < 1:
-            raise ConfigError(f"ema is {self.ema}; it must lie in [0, 1)")
-        self.check_choices(precision=("bf16", "no"))
 
     def check_numbers(self) -> None:
         """Raise `ConfigError` for a number that is none, is not finite, or lies where its kind of setting cannot."""
-        for field in dataclasses.fields(self):
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
             name, value, kind = field.name, getattr(self, field.name), str(field.type)
             if not kind.startswith(("int", "float")) or (value is None and "None" in kind):
                 continue
             whole = kind.startswith("int")
-            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not math.isfinite(value):
+            number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+            if not number or not math.isfinite(value):
                 raise ConfigError(f"{name} is {value!r}; it must be a {'whole' if whole else 'finite'} number")
             if name in POSITIVE and value <= 0:
                 raise ConfigError(f"{name} is {value}; it must be positive")
@@ -88,361 +88,247 @@ class TrainConfig:
             if getattr(self, name) not in words:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {', '.join(words)}")
 
+    def check_words(self, **known: Iterable[str]) -> None:
+        """Raise `ConfigError` for a list that holds other words than those known for it."""
+        for name, words in known.items():
+            if wrong := [v for v in getattr(self, name) if v not in words]:
+                raise ConfigError(f"{name} names {', '.join(map(repr, wrong))}; known: {', '.join(words)}")
+
+
+@dataclass(frozen=True)
+class WorldConfig(Settings):
+    """The world of shapes, drawn while training."""
+
+    place: str = WORLD
+    side: int = 32  # pixels
+    task: str = "edit"  # edit, customise or both
+    emphasis: tuple[str, ...] = ()  # edit types drawn twice as often as usual
+    fulfilled_share: float = 0.0  # of requests that are fulfilled already, where a type allows it: more rows with target = reference
+    request_limit: int | None = None  # distinct training requests; None is unlimited
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_counts("side")
+        self.check_choices(task=TASKS)
+        if not 0 <= self.fulfilled_share < 1:
+            raise ConfigError(f"fulfilled_share is {self.fulfilled_share}; it is a share in [0, 1)")
+        if unknown := sorted(set(self.emphasis) - set(EDIT_TYPES)):
+            raise ConfigError(f"emphasis names the unknown edit type {', '.join(unknown)}; known: {', '.join(EDIT_TYPES)}")
+
+
+@dataclass(frozen=True)
+class ManifestConfig(Settings):
+    """Pictures with requests, read from a manifest or from shards: see vlmedit/data/manifest.py."""
+
+    place: str = "data/manifest.jsonl"  # a manifest, .jsonl or .parquet, or a folder of shards, tar or parquet
+    buckets: tuple[str, ...] = BUCKETS  # WIDTHxHEIGHT in pixels
+    type_shares: dict[str, float] | None = None  # how often each edit type is drawn; None draws every row alike
+    nothing_share: float = 0.01  # requests replaced by "do nothing" [P]
+    flip: float = 0.0  # share mirrored left to right; never where the words would be wrong [R]
+    negative_prompt: str = "low quality, artifacts"  # of the unconditional score [R]
+    questions: str = "released"  # wording of the judge's questions; "shapes" for the world's own judge
+    text_cache: str | None = None  # folder of encoded prompts; None is `out`/text
+    text_length: int = 512  # tokens, where the pipeline lets one choose; its default is usually 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choices(questions=QUESTIONS)
+        self.check_counts("text_length")
+        if not self.buckets:
+            raise ConfigError("buckets is empty; name at least one size, such as 512x512")
+        _ = self.sizes
+        shares = self.type_shares
+        if shares is not None and not (isinstance(shares, dict) and shares and all(map(is_share, shares.values())) and sum(shares.values())):
+            example = "type_shares: {remove: 0.25, color: 0.08}"
+            raise ConfigError(f"type_shares is {shares!r}; it maps edit types to shares that are at least 0, in a file of settings: {example}")
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Width and height of each bucket."""
+        return [bucket_of(text) for text in self.buckets]
+
+
+def is_share(value: Any) -> bool:
+    """Whether it is a number that is at least 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+
+
+def bucket_of(text: str) -> tuple[int, int]:
+    """(width, height) of "512x384", in pixels. Raises ConfigError unless both are multiples of 16."""
+    try:
+        width, height = (int(part) for part in str(text).lower().split("x"))
+    except ValueError:
+        raise ConfigError(f"bucket {text!r} is no size; write WIDTHxHEIGHT in pixels, such as 512x384") from None
+    if min(width, height) < 16 or width % 16 or height % 16:
+        raise ConfigError(f"bucket {text!r}: width and height must be multiples of 16, so that autoencoder and patches divide them")
+    return width, height
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
+    """What every method has: run, optimization, machine."""
+
+    world: ClassVar[dict[str, Any]] = {"side": 32}  # settings of the world that the method reads, with its defaults
+    manifest: ClassVar[dict[str, Any] | None] = None  # its defaults for data from a manifest; None: it cannot be trained on them
+
+    data: WorldConfig | ManifestConfig = None  # type: ignore[assignment] # by default the world; in flat settings `data` is its place
+    out: str = "runs/run"  # run folder: checkpoints, logs, metrics
+    seed: int = 0
+    steps: int = 1000  # updates
+    batch: int = 64  # samples per batch
+    accumulate: int = 1  # batches per update and process
+    lr: float = 2e-3  # peak, of all optimizers alike [X]
+    warmup: int = 100  # updates of linear warm-up
+    final_lr: float = 0.02  # share of the peak at the end of the cosine
+    optimizer: str = "muon"  # Muon for matrices and AdamW for the rest [X]; or adamw for all, in 32 or 8 bits
+    betas: tuple[float, float] = (0.9, 0.99)  # AdamW
+    weight_decay: float = 0.01
+    clip: float = 2.0  # gradient norm [R]
+    skip_above: float = 300.0  # gradient norm above which an update is skipped [R]
+    ema: float = 0.998  # decay of the averaged weights; 0 keeps none
+    precision: str = "bf16"  # autocast: bf16 or no
+    save_every: int = 500  # updates between checkpoints
+    trackers: tuple[str, ...] = ("tensorboard",)
+    strip_every: int = 0  # updates between picture strips on disk and in the trackers; 0 writes none
+
+    # what may differ between runs that share a checkpoint
+    machine: ClassVar[tuple[str, ...]] = ("out", "save_every", "steps", "trackers", "strip_every")
+
+    def __post_init__(self) -> None:
+        if self.data is None:
+            object.__setattr__(self, "data", WorldConfig(**self.world))
+        super().__post_init__()
+        self.check_counts("steps", "batch", "accumulate", "save_every")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema is {self.ema}; it must lie in [0, 1)")
+        self.check_choices(precision=("bf16", "no"), optimizer=OPTIMIZERS)
+        self.check_words(trackers=TRACKERS)
+
+    @property
+    def side(self) -> int:
+        """Pixels of the world's pictures."""
+        return self.data.side  # type: ignore[union-attr]
+
     @classmethod
-    def make(cls, tier: str = "laptop", **overrides):
-        """The stage's configuration at a tier, with overrides. Raises `ConfigError` for an unknown tier or key."""
+    def own(cls) -> dict[str, Any]:
+        """The method's own settings by name, with their types."""
+        hints = typing.get_type_hints(cls)
+        return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name != "data"}
+
+    @classmethod
+    def of_data(cls, place: str) -> dict[str, Any]:
+        """The settings of its data that the method reads, with their types. Raises ConfigError for data that it cannot use."""
+        if place != WORLD and cls.manifest is None:
+            raise ConfigError(
+                f"data is {place!r}; a manifest does not hold what {cls.__name__}'s method is trained on, the world does: data=world"
+            )
+        kind = WorldConfig if place == WORLD else ManifestConfig
+        hints = typing.get_type_hints(kind)
+        names = [f.name for f in dataclasses.fields(kind) if f.name != "place"]
+        return {name: hints[name] for name in names if place != WORLD or name in cls.world}
+
+    @classmethod
+    def known(cls, place: str = WORLD) -> dict[str, Any]:
+        """All settings by their flat names, with their types."""
+        return {"data": str, **cls.own(), **cls.of_data(place)}
+
+    @classmethod
+    def make(cls, tier: str = "laptop", **flat: Any) -> Self:
+        """The method's settings at a tier, with overrides. Raises `ConfigError` for an unknown tier or key."""
         if tier not in TIERS:
             raise ConfigError(f"unknown tier {tier!r}; known: {', '.join(TIERS)}")
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in overrides:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 3) or known
-                raise ConfigError(f"unknown config key {key!r} of {cls.__name__}; nearest: {', '.join(near)}")
-        return cls(**{**cls.tiers().get(tier, {}), **overrides})
+        place = str(flat.pop("data", WORLD))
+        known = cls.known(place)
+        for key in flat:
+            check_key(cls, key, known, place)
+        at_tier = {k: v for k, v in cls.tiers().get(tier, {}).items() if k in known}
+        kind, defaults = (WorldConfig, cls.world) if place == WORLD else (ManifestConfig, cls.manifest or {})
+        merged = {k: fitted(v, known[k]) for k, v in {**defaults, **at_tier, **flat}.items()}
+        data = kind(place=place, **{k: merged.pop(k) for k in cls.of_data(place) if k in merged})
+        return cls(data=data, **merged)
 
     @classmethod
-    def tiers(cls) -> dict[str, dict]:
+    def tiers(cls) -> dict[str, dict[str, Any]]:
+        """Flat overrides of each tier."""
         return {"smoke": dict(steps=2, batch=4, warmup=1, save_every=1)}
 
+    def flat(self) -> dict[str, Any]:
+        """All settings by their flat names, as `make` takes them."""
+        place = self.data.place
+        mine, read = ({n: getattr(of, n) for n in names} for of, names in ((self, self.own()), (self.data, self.of_data(place))))
+        return {"data": place, **mine, **read}
+
+    def replace(self, **flat: Any) -> Self:
+        """The same settings but for these."""
+        return self.make("laptop", **{**self.flat(), **flat})
+
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        path.write_text(json.dumps(self.flat(), indent=2) + "\n")
+
+    def differences(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Which settings a run with the flat settings `saved` had otherwise: name -> (then, now). A setting that did not exist then had what
+        is its default today; settings of the machine do not count."""
+        place = str(saved.get("data", WORLD))
+        plain = lambda v: list(v) if isinstance(v, tuple) else v
+        default = {} if place != self.data.place else type(self).make("laptop", data=place).flat()
+        then, now = {k: plain(v) for k, v in {**default, **saved}.items()}, {k: plain(v) for k, v in self.flat().items()}
+        names = [n for n in {**now, **then} if n not in self.machine]
+        return {n: (then.get(n), now.get(n)) for n in names if then.get(n) != now.get(n)}
 
 
 @dataclass(frozen=True)
-class TeacherConfig(TrainConfig):
-    """Text-to-image flow matching."""
+class BackboneConfig(TrainConfig):
+    """What methods share that train the shape world's transformer or a real one behind the same interface. Places are folders, ids of the
+    Hub, or "tiny:NAME", which builds one of vlmedit.testing."""
 
-    out: str = "runs/teacher"
-    steps: int = 7000
-    text_dropout: float = 0.1  # share of empty captions, for guidance [R warm-up]
-    time_shift: float = 2.0  # of the logit-normal training times
-    ground_weight: float = 0.1  # of predicting what each patch shows, from halfway (REPA's idea, arXiv:2410.06940) [X]
-    start: str | None = None  # weights to go on from; None is random
+    teacher: str = "runs/teacher/model"  # a trained DiT, or a diffusers pipeline: transformer, vae, text encoder
+    student: str | None = "runs/copy_warmup/model"  # its first weights; None is the teacher's
+    roles: str = "modules"  # or adapters: one base, LoRA for student and fake score
+    rank: int = 64  # of the adapters
+    alpha: float | None = None  # of the adapters; None is the rank
+    omni: bool = False  # Z-Image: the reference as an image of its own, modulated as clean data
+    frozen_precision: str = "fp32"  # of the frozen weights: teacher, judge, text encoder
+    codec_precision: str = "fp32"  # of the autoencoder
+    checkpointing: tuple[str, ...] = ()  # whose blocks are recomputed on the way back
+    offload: tuple[str, ...] = ()  # roles that wait in the CPU's memory while others work
+    sharding: str = "auto"  # FSDP2 when accelerate was told so, "fsdp2" always, "none" never
+    compile: str | None = None  # torch.compile backend of every block of the backbone, such as inductor
+    trust_remote_code: bool = False  # run code that comes with the backbone; a judge's is never run
 
-    @classmethod
-    def tiers(cls):
-        return {**super().tiers(), "gpu": dict(side=64, batch=256, steps=60_000)}
+    machine = (*TrainConfig.machine, "compile", "checkpointing", "offload", "sharding", "text_cache")
 
-
-@dataclass(frozen=True)
-class JudgeConfig(TrainConfig):
-    """The judge's schooling, adversarial from `attack_from` on [X: miniature's finding that unlocked the rest]."""
-
-    out: str = "runs/judge"
-    steps: int = 3000
-    batch: int = 48  # pairs; each carries up to seven questions and a caption
-    lr: float = 1.5e-3
-    size: str = "medium"  # small, medium or large: see JUDGE_SIZES
-    attack_from: int = 1000  # updates on clean inputs first
-    attack_share: float = 0.75  # share of each batch that is attacked
-    attack_radius: float = 3.5  # L2, [-1, 1] pixel units, drawn uniformly up to it
-    attack_steps: int = 2
-    caption_weight: float = 0.3
-    start: str | None = None  # weights to go on from; None is random
-    softener: str | None = "runs/teacher/model"  # redraws some of the outputs as a student would; None is off
-    students: tuple[str, ...] = ()  # earlier students, whose edits become lessons: what they bribe a judge with
-    ground_weight: float = 1.0
-
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choices(size=JUDGE_SIZES)
-
-    @classmethod
-    def tiers(cls):
-        return {**super().tiers(), "smoke": dict(steps=2, batch=4, warmup=1, save_every=1, size="small", attack_from=1, softener=None), "gpu": dict(side=64, batch=256, steps=20_000, size="large")}
-
-
-JUDGE_SIZES = {
-    "small": dict(width=64, conv=32, vision_layers=1, text_layers=2),
-    "medium": dict(width=128, conv=64, vision_layers=2, text_layers=3),
-    "large": dict(width=192, conv=96, vision_layers=3, text_layers=4),
-}
+        self.check_choices(roles=ROLES, sharding=SHARDING, codec_precision=("fp32", "bf16"), frozen_precision=("fp32", "bf16"))
+        self.check_words(checkpointing=RECOMPUTED, offload=OFFLOADED)
+        self.check_counts("rank")
+        waiting = ", ".join(self.offload)
+        if self.roles == "adapters" and set(self.offload) - {"judge"}:
+            raise ConfigError(f"offload is {waiting} and roles is 'adapters'; adapters share one base, so only the judge can wait elsewhere: offload=judge")
+        if self.offload and self.sharding == "fsdp2":
+            raise ConfigError(f"offload is {waiting} and sharding is 'fsdp2'; sharded weights are offloaded by accelerate's fsdp_offload_params instead")
 
 
-@dataclass(frozen=True)
-class WarmupConfig(TrainConfig):
-    """Copy warm-up: flow matching with the reference itself as target [R], from the teacher's weights. The first
-    `reading_steps` updates teach the text encoder to read instructions, without pictures: real backbones' encoders can."""
-
-    out: str = "runs/warmup"
-    teacher: str = "runs/teacher/model"
-    steps: int = 1500
-    batch: int = 48
-    lr: float = 1.5e-3
-    time_shift: float = 3.0  # few-step sampling starts at pure noise, so most copies are learnt there [X]
-    text_dropout: float = 0.1  # [R]
-    reading_steps: int = 500
-    reading_batch: int = 128
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.reading_steps < self.steps:
-            raise ConfigError(f"reading_steps is {self.reading_steps} of steps {self.steps}; leave some steps for copying")
-
-    @classmethod
-    def tiers(cls):
-        base = super().tiers()
-        return {**base, "smoke": {**base["smoke"], "reading_steps": 1, "reading_batch": 4}}
+def check_key(config: type[TrainConfig], key: str, known: dict[str, Any], place: str) -> None:
+    """Raise `ConfigError` for a setting that the method does not have with such data, naming what it is called, or the nearest."""
+    if key in known:
+        return
+    if place != WORLD and key in config.world:
+        raise ConfigError(f"{key} is a setting of data=world, and data is {place!r}; pictures of a manifest come in buckets: buckets=512x512")
+    if place == WORLD and config.manifest is not None and key in {f.name for f in dataclasses.fields(ManifestConfig)}:
+        raise ConfigError(f"{key} is a setting of pictures from a manifest, and data is {place!r}; name it: data={ManifestConfig.place}")
+    if key in RENAMED and RENAMED[key].split()[0] in known:
+        raise ConfigError(f"unknown config key {key!r} of {config.__name__}; it is called {RENAMED[key]} now")
+    near = difflib.get_close_matches(key, list(known), 3) or list(known)
+    raise ConfigError(f"unknown config key {key!r} of {config.__name__}; nearest: {', '.join(near)}")
 
 
-@dataclass(frozen=True)
-class NPEditConfig(TrainConfig):
-    """NP-Edit: DMD + judge + do-nothing [arXiv:2510.14978; R: zimage_instruct_critic_internvl.yaml]."""
-
-    out: str = "runs/npedit"
-    teacher: str = "runs/teacher/model"
-    judge: str = "runs/judge/model"
-    student: str = "runs/warmup/model"
-    steps: int = 2000
-    batch: int = 32
-    lr: float = 1.0e-3  # [X]; R: 2e-5 at 6B parameters
-    fake_lr: float = 1.5e-3
-    betas: tuple[float, float] = (0.5, 0.98)  # [X]; R: (0, 0.9)
-    weight_decay: float = 0.0  # [R]
-    warmup: int = 20
-    final_lr: float = 0.1
-    ema: float = 0.99
-    matching: str = "dmd"  # what pulls to the teacher's pictures: see vlmedit/equations/matching.py
-    dmd_weight: float = 1.0  # of that; 0 is off [R]
-    judge_weight: float = 0.15  # [X]; R: 0.02
-    nothing_weight: float = 5.0  # [X]; R: 1.0
-    settled: float = 0.2  # share of requests that are fulfilled already, where a type allows it: more rows with target = reference [X]; R: 0
-    guidance: float = 2.0  # of the real score, w = 1 is off; R: 3.5, 7.5 for removals, shape, style and action
-    dmd_norm: str = "sample"
-    fake_updates: int = 2  # per student update; R: 5
-    ratio_weight: float = 0.1  # of the discriminator in the fake's loss, where `matching` needs one
-    fake_rollouts: str = "shared"  # fake updates see the student's own rollout, or "fresh" ones [R]
-    calls: str = "mixed"
-    sampler_steps: int = 4
-    sampler_shift: float = 1.0
-    renoise: str = "fresh"
-    gradient_calls: int | None = None
-    truncate: str = "fixed"  # "random": the gradient goes through the last K calls, K uniform up to all [AlignProp]
-    gan_weight: float = 0.0  # of DMD2's adversarial term beside the matching; 0.5 pulls a quarter as hard as DMD at the start [X]
-    anchor_weight: float = 0.0  # of |weights - their start|^2 [R0's kind of regularizer]
-    pretrain_weight: float = 0.0  # of the warm-up's own loss on the batch's references [ReFL's second term]
-    reward: str = "judge"  # who says whether an edit is right: see vlmedit/equations/rewards.py
-    second: str | None = None  # folder of a second judge, asked too: an ensemble
-    wording: str = "schooled"  # of the questions: see vlmedit/equations/rewards.py
-    augment: bool = False  # the judge sees both pictures shifted and speckled
-    teacher_draws: int = 2  # noises per picture, where the teacher is the judge
-    teacher_scale: float = 50.0  # of its margin [X]
-    identity: bool = True
-    answer_loss: str = "two_logits"
-    gain_steps: int = 30  # updates of the logit-gain ramp; R: 2000 of 14000
-    target_caption: bool = True  # False: DMD sees the reference's caption, which does not carry the edit
-    pool: int | None = None  # distinct training requests; None is unlimited
-    task: str = "edit"  # edit, customise or both
-    emphasis: tuple[str, ...] = ()  # edit types drawn twice as often as `TASKS` says
-
-    def __post_init__(self):
-        super().__post_init__()
-        if unknown := sorted(set(self.emphasis) - set(ALL_TYPES)):
-            raise ConfigError(f"emphasis names the unknown edit type {', '.join(unknown)}; known: {', '.join(ALL_TYPES)}")
-        if self.dmd_weight == 0 and self.judge_weight == 0:
-            raise ConfigError("dmd_weight and judge_weight are both 0; nothing would be learnt")
-        self.check_choices(task=TASKS)
-        if not 0 <= self.settled < 1:
-            raise ConfigError(f"settled is {self.settled}; it is a share in [0, 1)")
-        if self.gan_weight and not (self.dmd_weight and OBJECTIVES.get(self.matching, OBJECTIVES["dmd"]).fake):
-            raise ConfigError(f"gan_weight is {self.gan_weight}; its discriminator is a head of the fake score, which dmd_weight 0 and matching 'mmd' do not train")
-        for name, off in (("second", None), ("wording", "schooled"), ("augment", False)):
-            if self.reward != "judge" and getattr(self, name) != off:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it belongs to reward 'judge', and reward is {self.reward!r}: leave one of them out")
-        if self.teacher_draws < 1 or self.teacher_scale <= 0:
-            raise ConfigError(f"teacher_draws is {self.teacher_draws} and teacher_scale {self.teacher_scale}; at least one draw and a positive scale are needed")
-        self.check_choices(reward=REWARDS, wording=WORDINGS, truncate=("fixed", "random"))
-        self.check_choices(matching=OBJECTIVES, dmd_norm=NORMS, calls=CALLS, renoise=RENOISE, answer_loss=("two_logits", "vocabulary"))
-        if self.gradient_calls is not None and self.gradient_calls < 1:
-            raise ConfigError(f"gradient_calls is {self.gradient_calls}; at least the last call must carry a gradient, or none for all")
-        if self.matching == "mmd" and self.batch < 2:
-            raise ConfigError(f"batch is {self.batch}; matching 'mmd' compares pictures with each other: it must be at least 2")
-        self.check_choices(fake_rollouts=("shared", "fresh"))
-
-    @classmethod
-    def tiers(cls):
-        return {**super().tiers(), "gpu": dict(side=64, batch=128, steps=14_000, fake_updates=5)}
-
-
-@dataclass(frozen=True)
-class SFTConfig(TrainConfig):
-    """The paired rival: flow matching towards the exact target, from the same warm start and for as many updates."""
-
-    out: str = "runs/sft"
-    student: str = "runs/warmup/model"
-    steps: int = 1200
-    batch: int = 32
-    lr: float = 1.5e-3
-    warmup: int = 20
-    final_lr: float = 0.1
-    ema: float = 0.99
-    time_shift: float = 3.0
-
-
-@dataclass(frozen=True)
-class SyntheticConfig(SFTConfig):
-    """Paired training on the teacher's own pairs, those the judge says yes to [arXiv:2211.09800; arXiv:2411.18616]. Its own settings
-    say how pairs are made; the rest is SFT's."""
-
-    out: str = "runs/synthetic"
-    teacher: str = "runs/teacher/model"
-    judge: str = "runs/judge/model"
-    maker: str = "flowedit"  # what makes a pair: see vlmedit/methods/synthetic_pairs.py
-    maker_start: float = 0.85  # time at which an editor leaves the reference; twins start at 1
-    maker_steps: int = 8
-    guidance: float = 2.0  # of the target caption; InstructPix2Pix: 7.5
-    candidates: int = 8  # pairs made per update
-    threshold: float = 0.5  # P(yes) to both questions above which a pair is kept
-    capacity: int = 2048  # pairs held, the newest; an update draws its batch from all of them
-    settled: float = 0.2  # as NPEditConfig: the same requests
-    pool: int | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.check_counts("candidates", "maker_steps", "capacity")
-        if not 0 < self.maker_start <= 1:
-            raise ConfigError(f"maker_start is {self.maker_start}; it is a time in (0, 1]")
-        if not 0 <= self.threshold < 1:
-            raise ConfigError(f"threshold is {self.threshold}; it is a probability in [0, 1)")
-        self.check_choices(maker=MAKERS)
-
-    @classmethod
-    def tiers(cls):
-        base = super().tiers()
-        return {**base, "smoke": {**base["smoke"], "candidates": 2, "maker_steps": 2, "capacity": 8}, "gpu": dict(side=64, batch=128, candidates=32)}
-
-
-@dataclass(frozen=True)
-class CycleConfig(TrainConfig):
-    """What the unpaired rivals without a VLM share: requests with their inverse, and a cycle back to the reference."""
-
-    teacher: str = "runs/teacher/model"
-    student: str = "runs/warmup/model"
-    steps: int = 2000
-    batch: int = 32
-    lr: float = 1.0e-3
-    betas: tuple[float, float] = (0.5, 0.98)
-    weight_decay: float = 0.0
-    warmup: int = 20
-    final_lr: float = 0.1
-    ema: float = 0.99
-    cycle_weight: float = 1.0  # CycleGAN-Turbo: 1
-    nothing_weight: float = 1.0  # CycleGAN-Turbo's identity term, 1: of the distance to the reference where nothing is to be done
-    settled: float = 0.2  # as NPEditConfig: the same requests
-    pool: int | None = None
-
-    @classmethod
-    def tiers(cls):
-        return {**super().tiers(), "gpu": dict(side=64, batch=128)}
-
-
-@dataclass(frozen=True)
-class CycleGANConfig(CycleConfig):
-    """CycleGAN-Turbo, its two domains being captions [arXiv:2403.12036; R here: its released train_cyclegan_turbo.py]."""
-
-    out: str = "runs/cyclegan"
-    gan_weight: float = 0.5  # R: 0.5
-    critic_lr: float = 1e-3
-    critic_updates: int = 1  # per student update [R]
-    mismatch: float = 0.5  # share of the critic's references shown with another one's caption, as false [GAN-CLS, arXiv:1605.05396]; R: 0
-    calls: str = "mixed"  # in the unroll; R: one
-    sampler_steps: int = 4
-    sampler_shift: float = 1.0
-    renoise: str = "fresh"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.gan_weight <= 0:
-            raise ConfigError(f"gan_weight is {self.gan_weight}; without it copying is the best answer: it must be positive")
-        self.check_counts("critic_updates")
-        self.check_choices(calls=CALLS, renoise=RENOISE)
-
-
-@dataclass(frozen=True)
-class BootstrapConfig(CycleConfig):
-    """Bootstrap Your Generator: the frozen model's direction of change, and a cycle [arXiv:2606.03911; the settings are ours]."""
-
-    out: str = "runs/bootstrap"
-    prior_weight: float = 1.0
-    guidance: float = 2.0  # of the target caption in the direction of change
-    sampler_steps: int = 4  # of the pseudo-target
-    sampler_shift: float = 1.0
-    time_shift: float = 3.0  # of the noisy states that are trained, as SFT's
-    follow: float = 0.99  # decay of the average that makes pseudo-targets
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.prior_weight <= 0:
-            raise ConfigError(f"prior_weight is {self.prior_weight}; without it copying is the best answer: it must be positive")
-        if not 0 <= self.follow < 1:
-            raise ConfigError(f"follow is {self.follow}; it must lie in [0, 1)")
-
-
-@dataclass(frozen=True)
-class GRPOConfig(TrainConfig):
-    """Flow-GRPO with NP-Edit's judge as the reward [arXiv:2505.05470; R here: its released config/grpo.py]. `student` is where it starts:
-    the copy warm start, or the model of an SFT run."""
-
-    out: str = "runs/grpo"
-    judge: str = "runs/judge/model"
-    student: str = "runs/warmup/model"
-    steps: int = 800
-    batch: int = 32  # samples per update and process: requests times `group`; R: 48 x 24
-    group: int = 8  # samples of one request; R: 24
-    lr: float = 1e-4  # [X]: at 3e-4 a paired student loses sharpness before it earns anything; R: 3e-4, of LoRA weights
-    betas: tuple[float, float] = (0.9, 0.99)  # R: (0.9, 0.999)
-    weight_decay: float = 0.0  # R: 1e-4
-    warmup: int = 20
-    final_lr: float = 0.1  # R: 1, no schedule
-    clip: float = 1.0  # gradient norm [R]
-    ema: float = 0.99
-    policy: str = "exponential"  # or "euler", the paper's, which needs more steps than a few: see vlmedit/equations/flow_grpo.py
-    noise_level: float = 0.7  # a in sigma = a sqrt(t / (1 - t)) [R]
-    sampler_steps: int = 4  # while training; R: 10, of 40 in use
-    sampler_shift: float = 1.0
-    inner: int = 2  # optimizer steps on the same samples; R: 2, on a half each
-    ratio_clip: float = 1e-4  # of the ratio of mean log-probabilities [R]
-    kl_weight: float = 0.04  # of the KL to the start [R]; 0 loads no reference policy
-    advantage_clip: float = 5.0  # standard deviations [R]
-    advantage_spread: str = "group"  # whose standard deviation: the paper's group, or "batch" [R]
-    settled: float = 0.2  # as NPEditConfig: the same requests
-    pool: int | None = None
-    task: str = "edit"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.group < 2 or self.batch % self.group:
-            raise ConfigError(f"batch is {self.batch} and group {self.group}; a group needs at least 2 samples, and the batch whole groups")
-        if self.sampler_steps < 2:
-            raise ConfigError(f"sampler_steps is {self.sampler_steps}; the last step is not random, so there must be at least 2")
-        self.check_counts("inner")
-        if self.noise_level <= 0:
-            raise ConfigError(f"noise_level is {self.noise_level}; without noise there is nothing to compare: it must be positive")
-        self.check_choices(policy=("euler", "exponential"), advantage_spread=("group", "batch"), task=TASKS)
-
-    @classmethod
-    def tiers(cls):
-        base = super().tiers()
-        return {**base, "smoke": {**base["smoke"], "group": 2}, "gpu": dict(side=64, batch=1152, group=24, sampler_steps=10)}
-
-
-@dataclass(frozen=True)
-class DistillConfig(TrainConfig):
-    """Few-step text-to-image by DMD alone, from the teacher's weights [arXiv:2311.18828, arXiv:2405.14867]."""
-
-    out: str = "runs/distill"
-    teacher: str = "runs/teacher/model"
-    steps: int = 800
-    batch: int = 32
-    lr: float = 1.0e-3
-    fake_lr: float = 1.0e-3
-    betas: tuple[float, float] = (0.5, 0.98)
-    weight_decay: float = 0.0
-    warmup: int = 20
-    final_lr: float = 0.1
-    ema: float = 0.99
-    guidance: float = 2.0
-    dmd_norm: str = "sample"
-    fake_updates: int = 3
-    sampler_steps: int = 4
-    sampler_shift: float = 1.0
+def fitted(value: Any, hint: Any) -> Any:
+    """A list as the tuple that a setting holds, and one word as a tuple of one."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if any(typing.get_origin(k) is tuple for k in kinds):
+        if isinstance(value, str):
+            return (value,)
+        if isinstance(value, list):
+            return tuple(value)
+    return value

@@ -149,11 +149,10 @@ def lacking_models(config) -> list[str]:
 
 def random_models(tier: str, folder: Path) -> dict[str, str]:
     """Untrained models of a tier, saved: what a stage starts from when only its speed matters."""
-    from vlmedit.config import JudgeConfig
-    from vlmedit.data.world import TEXT_LENGTH
-    from vlmedit.methods.judge import build_judge
+    from vlmedit.data.batches import TEXT_LENGTH
+    from vlmedit.methods.judge import JudgeConfig, build_judge
     from vlmedit.networks.dit import DiT
-    from vlmedit.networks.text import build_tokenizer
+    from vlmedit.world.tokenizer import build_tokenizer
 
     config = JudgeConfig.make(tier)
     DiT(side=config.side, vocab_size=len(build_tokenizer()), text_length=TEXT_LENGTH).save_pretrained(folder / "dit")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from vlmedit.io import InputError
+from vlmedit.errors import InputError
 
 EXTRAS = {  # library, as it is imported -> extra
     "accelerate": "train",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from matplotlib.figure import Figure  # without pyplot, which would choose a backend for everybody
-from torch import Tensor
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+    from torch import Tensor
 
 GOOD, BAD = "#0072B2", "#D55E00"  # told apart by every kind of colour vision
 
@@ -20,6 +22,8 @@ def to_array(picture: Tensor) -> np.ndarray:
 def sheet(rows: Sequence[tuple[Tensor, Sequence[Tensor]]], titles: Sequence[Sequence[str]], heads: Sequence[str] = (), frames: Sequence[Sequence[bool | None]] = ()) -> Figure:
     """A grid: each row is a reference and its edits. `titles[r][c]` stands over a picture; `frames[r][c]` True or False
     draws a blue or an orange frame (done or not); `heads` names the columns."""
+    from matplotlib.figure import Figure  # without pyplot, which would choose a backend for everybody
+
     count = max(1 + len(edits) for _, edits in rows)
     figure = Figure(figsize=(1.9 * count, 2.25 * len(rows)))
     axes = figure.subplots(len(rows), count, squeeze=False)
@@ -53,11 +57,6 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def strip(rows, titles, path: Path, heads: Sequence[str] = (), frames: Sequence[Sequence[bool | None]] = ()) -> Path:
-    """Save a `sheet`; returns the path."""
-    return save(sheet(rows, titles, heads, frames), path)
-
-
 def wrap(text: str, width: int = 24) -> str:
     """Break a title into lines of at most `width` characters."""
     lines = [""]
@@ -70,6 +69,8 @@ def wrap(text: str, width: int = 24) -> str:
 
 def curve(values: dict[str, Sequence[tuple[float, float]]], path: Path, xlabel: str, ylabel: str, title: str) -> Path:
     """Save a line plot of named series of (x, y)."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 3.4))
     axis = figure.subplots()
     for (name, points), style in zip(values.items(), ("-", "--", "-.", ":") * 4):

@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> v
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 def _like(t: Tensor | float, x: Tensor) -> Tensor:
@@ -30,19 +30,19 @@ def _like(t: Tensor | float, x: Tensor) -> Tensor:
 def interpolate(x0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:
     """x_t between data (t = 0) and noise (t = 1)."""
     t = _like(t, x0)
-    return (1 - t) * x0 + t * eps
+    return (1 - t) * x0 + t * eps  # Eq. E1
 
 
 def velocity_target(x0: Tensor, eps: Tensor) -> Tensor:
-    return eps - x0
+    return eps - x0  # Eq. E1
 
 
 def to_x0(x: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
-    return x - _like(t, x) * v
+    return x - _like(t, x) * v  # Eq. E1
 
 
 def to_eps(x: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
-    return x + (1 - _like(t, x)) * v
+    return x + (1 - _like(t, x)) * v  # Eq. E1
 
 
 def to_velocity(x: Tensor, x0: Tensor, t: Tensor | float) -> Tensor:
@@ -50,14 +50,29 @@ def to_velocity(x: Tensor, x0: Tensor, t: Tensor | float) -> Tensor:
     return (x - x0) / _like(t, x)
 
 
-def guide(cond: Tensor, uncond: Tensor, w: float) -> Tensor:
-    """Classifier-free guidance in NP-Edit's form (method.md 1.7): w = 1 is `cond`, w = 0 is `uncond`."""
-    return uncond + w * (cond - uncond)
+def guide(cond: Tensor, uncond: Tensor, w: Tensor | float) -> Tensor:
+    """Classifier-free guidance in NP-Edit's form (method.md 1.7): w = 1 is `cond`, w = 0 is `uncond`; w (B,) is by row."""
+    return uncond + (_like(w, cond) if isinstance(w, Tensor) else w) * (cond - uncond)
+
+
+def noise_like(shape: Sequence[int], generator: Generators = None, device=None, dtype=None) -> Tensor:
+    """Standard normal noise of a shape, to the bit what diffusers draws. A list of generators holds one per row.
+
+    Generators of the CPU draw there, so that a seed means the same noise on every device; torch raises a RuntimeError
+    for generators of any other device than the noise's.
+    """
+    device = torch.device("cpu" if device is None else device)
+    each = generator if isinstance(generator, list) else [generator]
+    place = torch.device("cpu") if each[0] is not None and each[0].device.type == "cpu" else device
+    if len(each) == 1:
+        return torch.randn(tuple(shape), generator=each[0], device=place, dtype=dtype).to(device)
+    rows = [torch.randn((1, *shape[1:]), generator=each[row], device=place, dtype=dtype) for row in range(shape[0])]
+    return torch.cat(rows).to(device)
 
 
 def shift_time(u: Tensor | float, shift: float) -> Tensor | float:
     """Move times towards noise; the identity at shift = 1."""
-    return shift * u / (1 + (shift - 1) * u)
+    return shift * u / (1 + (shift - 1) * u)  # Eq. E4, 23 [arXiv:2403.03206]
 
 
 def unshift_time(t: Tensor | float, shift: float) -> Tensor | float:
@@ -76,12 +91,12 @@ def few_step_times(steps: int, shift: float = 1.0) -> tuple[float, ...]:
 def flow_matching_loss(velocity: Velocity, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """Mean squared velocity error per sample, (B,)."""
     error = velocity(interpolate(x0, eps, t), t) - velocity_target(x0, eps)
-    return error.square().flatten(1).mean(1)
+    return error.square().flatten(1).mean(1)  # Eq. E2
 
 
 def logit_normal_time(batch: int, shift: float = 1.0, device=None, generator=None) -> Tensor:
     """Training times, sigmoid of a standard normal, shifted [arXiv:2403.03206, Eq. 19]."""
-    u = torch.randn(batch, device=device, generator=generator).sigmoid()
+    u = torch.randn(batch, device=device, generator=generator).sigmoid()  # Eq. E2, 19 [arXiv:2403.03206]
     return shift_time(u, shift)
 
 
@@ -101,14 +116,16 @@ def step_corrector(x: Tensor, v: Tensor, t: float, s: float, noise: Tensor | Non
     """The released sampler at eta = 1: x = (1 - s) x0 + (s^2/t) eps + sqrt(s^2 - s^4/t^2) noise [npedit sampler.py]."""
     x0, eps = to_x0(x, v, t), to_eps(x, v, t)
     noise = torch.randn_like(x) if noise is None else noise
-    return (1 - s) * x0 + s * s / t * eps + (s * s - (s * s / t) ** 2) ** 0.5 * noise
+    return (1 - s) * x0 + s * s / t * eps + (s * s - (s * s / t) ** 2) ** 0.5 * noise  # Eq. corrector [npedit sampler.py]
 
 
 SAMPLERS = {"euler": step_euler, "renoise": step_renoise, "corrector": step_corrector}
 
 
 @torch.no_grad()
-def sample(velocity: Velocity, x: Tensor, times: Sequence[float], sampler: str = "euler", generator=None) -> Tensor:
+def sample(
+    velocity: Velocity, x: Tensor, times: Sequence[float], sampler: str = "euler", generator: Generators = None
+) -> Tensor:
     """Integrate from noise `x` at times[0] down to 0, one network call per entry of `times`. A list of generators holds one
     per sample.
 
@@ -121,6 +138,6 @@ def sample(velocity: Velocity, x: Tensor, times: Sequence[float], sampler: str =
         raise ValueError(f"times must fall strictly towards 0, at least one of them, got {list(times)}")
     for t, s in zip(stops, stops[1:]):
         v = velocity(x, torch.full((len(x),), t, device=x.device, dtype=x.dtype))
-        noise = randn_tensor(tuple(x.shape), generator=generator, device=x.device, dtype=x.dtype) if sampler != "euler" else None
+        noise = noise_like(x.shape, generator, x.device, x.dtype) if sampler != "euler" else None
         x = SAMPLERS[sampler](x, v, t, s, noise)
     return x

@@ -18,14 +18,19 @@ import shutil
 import struct
 import uuid
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+from vlmedit.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_PIXELS = 64_000_000  # of one picture: 8000 x 8000, about 200 MB decoded
@@ -33,16 +38,6 @@ MIN_SIDE = 8  # pixels
 MAX_ASPECT = 4.0  # longer side over shorter side
 BORDER = 0.02  # width of the ring whose median is the background's color, in shorter sides
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, MemoryError, Image.DecompressionBombError)
-
-
-class InputError(ValueError):
-    """What was given cannot be used. `problems` lists everything found; `hint` says once what would be possible."""
-
-    def __init__(self, problems: str | Iterable[str], hint: str = ""):
-        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
-        self.hint = hint
-        head = self.problems[0] if len(self.problems) == 1 else f"{len(self.problems)} problems:\n  " + "\n  ".join(self.problems)
-        super().__init__(f"{head}\n{hint}" if hint else head)
 
 
 def some(problems: list[str], most: int = 10, what: str = "") -> list[str]:
@@ -167,6 +162,22 @@ def to_view(image: Image.Image, side: int) -> Image.Image:
         image = square
     # Hamming: antialiased without ringing; crisp drawings of 64 to 400 pixels come within 42 dB of the renderer's own 32
     return image.resize((side, side), Image.Resampling.HAMMING if full > side else Image.Resampling.BICUBIC)
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """A tensor (3, H, W) as an RGB picture: [-1, 1] becomes 0 to 255, rounded; what lies outside is clamped."""
+    pixels = ((picture.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def to_tensor(image: Image.Image, side: int | None = None) -> Tensor:
+    """A picture as float32 (3, H, W) in [-1, 1]; with `side`, scaled down until the longer side is at most that long."""
+    import torch
+
+    if side and max(image.size) > side:
+        scale = side / max(image.size)
+        image = image.resize([max(1, round(v * scale)) for v in image.size], Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def picture_paths(folder: Path) -> list[Path]:

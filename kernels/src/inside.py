@@ -49,14 +49,18 @@ def _swapped(owner: object, name: str, value: Callable) -> Iterator[None]:
 
 def _dmd() -> list[tuple[object, str, Callable]]:
     from vlmedit.equations import matching as objectives
+    from vlmedit.equations.dmd import guided_velocity
 
-    def loss(x: Tensor, s: objectives.Setting) -> Tensor:
+    def loss(x: Tensor, s: objectives.MatchingContext) -> Tensor:
         with torch.no_grad():  # both scores are constants of the student's loss
             x_t = interpolate(x, s.eps, s.t)
-            cond = s.teacher(x_t, s.t, s.text)
-            uncond = s.teacher(x_t, s.t, torch.zeros_like(s.text)) if s.guidance != 1 else None
+            if isinstance(s.guidance, Tensor):  # a scale per row: guided before the kernel, which takes one
+                cond, uncond, scale = guided_velocity(s.teacher, x_t, s.t, s.text, s.guidance), None, 1.0
+            else:
+                cond, scale = s.teacher(x_t, s.t, s.text), s.guidance
+                uncond = s.teacher(x_t, s.t, torch.zeros_like(s.text)) if scale != 1 else None
             scores = (v if v is None else v.to(x.dtype) for v in (cond, uncond, s.fake(x_t, s.t, s.text)))
-        return dmd_step(x, s.eps, s.t, *scores, s.guidance, s.norm)[0]
+        return dmd_step(x, s.eps, s.t, *scores, scale, s.norm)[0]
 
     return [(objectives.OBJECTIVES["dmd"], "loss", loss)]  # the very object that trainers hold
 

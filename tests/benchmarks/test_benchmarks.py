@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlmedit import benchmarks as b
 from vlmedit.cli import main
-from vlmedit.io import InputError
+from vlmedit.errors import InputError
 from vlmedit.networks.judges import load_judge
 from vlmedit.testing import random_models as tiny
 

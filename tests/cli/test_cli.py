@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,14 +18,17 @@ from helpers.foreign import draw_all
 from PIL import Image, ImageDraw
 
 import vlmedit
-from vlmedit import cli, doctor
+from vlmedit import doctor
 from vlmedit.cli import main
-from vlmedit.config import TIERS, ConfigError, JudgeConfig, TeacherConfig
-from vlmedit.data.world import TEXT_LENGTH
+from vlmedit.cli._settings import convert
+from vlmedit.cli._shared import Tier
+from vlmedit.config import TIERS
+from vlmedit.data.batches import TEXT_LENGTH
+from vlmedit.errors import ConfigError
 from vlmedit.io import load_picture
-from vlmedit.methods.judge import build_judge
-from vlmedit.methods.teacher import train_teacher
-from vlmedit.training.engine import Step
+from vlmedit.methods.judge import JudgeConfig, build_judge
+from vlmedit.methods.teacher import TeacherConfig, train_teacher
+from vlmedit.training.run import Step
 from vlmedit.world.edits import EDIT_TYPES
 
 
@@ -34,8 +38,8 @@ def model(tmp_path_factory) -> Path:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from vlmedit.networks.dit import DiT
-    from vlmedit.networks.text import build_tokenizer
     from vlmedit.pipelines.shapes import EditPipeline
+    from vlmedit.world.tokenizer import build_tokenizer
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
@@ -170,6 +174,12 @@ def test_folder_and_manifest_give_each_pictures_own_edit(tmp_path, foreign, mode
 def no_model(monkeypatch):
     """Loading a model is an error: every check has to come before it."""
     monkeypatch.setattr(vlmedit, "load", lambda *a, **k: pytest.fail("the model was loaded before the input was checked"))
+
+
+def test_the_guard_against_loading_guards(tmp_path, drawing, model, no_model):
+    """A good edit gets as far as the model and is stopped there: the tests below would see one that is loaded too early."""
+    with pytest.raises(pytest.fail.Exception, match="before the input was checked"):
+        edit(drawing, "do nothing", tmp_path / "e.png", model)
 
 
 BAD_EDITS = {
@@ -431,10 +441,17 @@ def test_main_job_trains_evaluates_and_reports(tmp_path, model, monkeypatch, cap
     """The whole job at its smallest, from random models in place of the shipped ones."""
     import vlmedit.experiments.live
 
-    monkeypatch.setattr(vlmedit.experiments.live, "checkpoint", lambda family, role: model / ("judge" if role == "judge" else "transformer"))
+    asked = []
+
+    def checkpoint(family, role):
+        asked.append(role)
+        return model / ("judge" if role == "judge" else "transformer")
+
+    monkeypatch.setattr(vlmedit.experiments.live, "checkpoint", checkpoint)
     run = tmp_path / "run"
     assert main(["train", "--tier", "smoke", "--out", str(run), "--set", "seed=5", "--json", str(tmp_path / "m.json")]) == 0
     found = json.loads((tmp_path / "m.json").read_text())
+    assert {"judge", "teacher", "warm"} <= set(asked)
     assert found["updates"] == 2 and found["config"]["seed"] == 5 and 0 <= found["metrics"]["live"]["success"] <= 1
     assert {"metrics.json", "edits.png", "config.json", "model"} <= files(run)
     assert main(["train", "--tier", "smoke", "--out", str(run), "--set", "sed=5"]) == 2
@@ -447,13 +464,13 @@ def test_main_job_trains_evaluates_and_reports(tmp_path, model, monkeypatch, cap
      ("0.9, 0.99", tuple[float, float], (0.9, 0.99)), ([1, 2], tuple[int, ...], (1, 2)), ("none", int | None, None), ("4", int | None, 4)],
 )  # fmt: skip
 def test_settings_take_their_fields_type(value, kind, expected):
-    assert cli.convert("x", value, kind) == expected and type(cli.convert("x", value, kind)) is type(expected)
+    assert convert("x", value, kind) == expected and type(convert("x", value, kind)) is type(expected)
 
 
 @pytest.mark.parametrize("value, kind", [("x", int), ("1.5", int), (True, int), ("yes", bool), ([1], tuple[float, float]), ("a,b", tuple[float, float]), ("none", int)])
 def test_settings_of_another_type_are_refused(value, kind):
     with pytest.raises(ConfigError, match="x is "):
-        cli.convert("x", value, kind)
+        convert("x", value, kind)
 
 
 def test_every_setting_of_a_saved_config_comes_back():
@@ -464,11 +481,11 @@ def test_every_setting_of_a_saved_config_comes_back():
     for config in (TeacherConfig(lr=0.1), JudgeConfig(size="small")):
         kinds = get_type_hints(type(config))
         loaded = json.loads(json.dumps(asdict(config)))
-        assert type(config)(**{k: cli.convert(k, v, kinds[k]) for k, v in loaded.items()}) == config
+        assert type(config)(**{k: convert(k, v, kinds[k]) for k, v in loaded.items()}) == config
 
 
 def test_the_tiers_of_the_command_line_are_the_configs():
-    assert cli.get_args(cli.Tier) == TIERS
+    assert get_args(Tier) == TIERS
 
 
 # doctor

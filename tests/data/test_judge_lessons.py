@@ -5,31 +5,31 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.tiny_models import tiny_judge
 
 from vlmedit.data import judge_lessons as schooling
-from vlmedit.data.judge_lessons import (
+from vlmedit.data.judge_lessons import SHARES, lesson
+from vlmedit.data.lesson_pictures import (
     BARE,
     RUINED,
-    SHARES,
     SOILED,
     SPOTLESS,
     STAIN,
     Clarity,
-    answer_ids,
     blotch,
     clarity,
-    lesson,
     mistakable,
     own_work,
     soil,
 )
 from vlmedit.data.world import Example, sample_example
+from vlmedit.equations.adversarial import answer_ids
 from vlmedit.methods.judge import practise, soften
-from vlmedit.networks.text import END, NO, YES, build_tokenizer
 from vlmedit.world.edits import EDIT_TYPES, Edit, apply_edit
 from vlmedit.world.language import DESCRIBE, caption, parse_instruction
 from vlmedit.world.render import render
 from vlmedit.world.scene import COLORS, SHAPES, Scene, Thing
+from vlmedit.world.tokenizer import END, NO, YES, build_tokenizer
 from vlmedit.world.verdict import edit_done, rest_kept
 
 PAIRS = 64
@@ -219,10 +219,11 @@ def test_soil_tells_how_much_it_changed():
 
 
 def test_answer_ids():
-    """1 is yes, 0 is no, -1 is ignored."""
-    tokenizer = build_tokenizer()
+    """1 is yes, 0 is no, -1 is ignored; the judge's two answers are the tokenizer's words."""
+    tokenizer, config = build_tokenizer(), tiny_judge().config
     yes, no = tokenizer.convert_tokens_to_ids(YES), tokenizer.convert_tokens_to_ids(NO)
-    assert answer_ids(torch.tensor([1, 0, -1])).tolist() == [yes, no, -100] and yes != no
+    assert answer_ids(torch.tensor([1, 0, -1]), yes, no).tolist() == [yes, no, -100] and yes != no
+    assert (config.yes_token_id, config.no_token_id) == (yes, no)
 
 
 def test_do_nothing_labels_are_the_verdict_s(monkeypatch):

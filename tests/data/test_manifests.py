@@ -22,18 +22,23 @@ from vlmedit.data.layouts import (
     Item,
     check_dataset,
     kind_of,
-    parquet_rows,
     read_dataset,
     read_items,
     thing_removed,
     write_items,
 )
 from vlmedit.data.manifest import load_fitted
+from vlmedit.data.prepare import journal as journals
 from vlmedit.data.prepare import run as p
-from vlmedit.data.requests import Book, batch_of
+from vlmedit.data.prepare.dedupe import Gallery, Looks
+from vlmedit.data.prepare.proposals import REASONS, plain
+from vlmedit.data.requests import batch_of
 from vlmedit.data.shards import read_shards, write_shards
-from vlmedit.io import InputError
+from vlmedit.data.tables import parquet_rows
+from vlmedit.errors import InputError
+from vlmedit.io import to_tensor
 from vlmedit.networks.judges import text_vlm as writers
+from vlmedit.networks.prompts import PromptTable
 from vlmedit.testing import random_models as tiny
 
 FIELDS = ["image", "instruction", "type", "object", "caption", "target_caption"]
@@ -75,7 +80,7 @@ class Script:
         if text.startswith("An image editor was given"):
             return self.say("check", text, "Yes.")
         instruction = re.search(r"instruction: \"(.*?)\"", text)[1]
-        return self.say("target", text, json.dumps({"caption": f"A gray dog on the grass after this, {re.sub('red (ball|flag)', 'thing', p.plain(instruction))}"}))
+        return self.say("target", text, json.dumps({"caption": f"A gray dog on the grass after this, {re.sub('red (ball|flag)', 'thing', plain(instruction))}"}))
 
 
 def run(folder, out, writer, llm=None, batch=2, repeats=20, **settings):
@@ -97,7 +102,7 @@ def test_a_folder_becomes_requests(folder, tmp_path):
     items = read_items(out / "manifest.jsonl")
     assert {Image.open(i.image).size for i in items} == {(96, 64)} and len({i.image for i in items}) == 6
     assert len({i.type for i in items}) > 4 and all(i.object == "the red ball" for i in items if i.type == "remove")
-    batch = batch_of([i.request() for i in items[:4]], torch.zeros(4, 3, 8, 8), Book(), Book())
+    batch = batch_of([i.request() for i in items[:4]], torch.zeros(4, 3, 8, 8), PromptTable(), PromptTable())
     assert batch.types == tuple(i.type for i in items[:4])
     page = (out / "report.html").read_text()
     assert "18 requests from 6 pictures" in page and page.count("<img") == 18
@@ -138,7 +143,7 @@ def test_answers_that_are_refused(reason, folder, tmp_path):
         return json.dumps({"caption": re.search(r'shows: "(.*?)"', prompt)[1]}) if said is None else said
 
     kept = int(where in ("check", "target"))
-    with nullcontext() if kept else pytest.raises(InputError, match=re.escape(p.REASONS[reason])):
+    with nullcontext() if kept else pytest.raises(InputError, match=re.escape(REASONS[reason])):
         run(folder, tmp_path / "out", Script(say), kinds=(kind,), per_picture=1)
     found = report(tmp_path / "out")
     assert (tmp_path / "out" / "manifest.jsonl").exists() == bool(kept)
@@ -147,7 +152,7 @@ def test_answers_that_are_refused(reason, folder, tmp_path):
 
 
 def test_every_reason_has_a_test():
-    assert set(p.REASONS) == {*BAD, "unreadable", "unsuitable", "seen before", "twice for one picture", "too common"}
+    assert set(REASONS) == {*BAD, "unreadable", "unsuitable", "seen before", "twice for one picture", "too common"}
 
 
 def test_doubles_and_broken_files(folder, tmp_path):
@@ -194,7 +199,7 @@ def test_pictures_are_shown_as_the_trainer_shows_them(tmp_path):
     assert len(shown) == 4 and shown["turned.jpg"].size == (64, 96)
     for name, image in shown.items():
         fitted = load_fitted(folder / name, image.size)
-        assert (fitted - writers.to_tensor(image, 999)).abs().max() < 1e-6, name
+        assert (fitted - to_tensor(image, 999)).abs().max() < 1e-6, name
     assert np.asarray(shown["deep.png"]).std() > 50  # not clipped to white
     assert np.asarray(shown["Bücher 图/glass.png"])[0].mean() > 250  # transparent is paper
     run(folder, tmp_path / "out", Script(), batch=3)
@@ -207,8 +212,8 @@ def test_looks_are_compared_through_bands():
     """The band index finds exactly the pairs that a comparison of all finds."""
     rng = np.random.default_rng(0)
     base = int.from_bytes(rng.bytes(32), "big")
-    looks = [p.Looks(base ^ sum(1 << int(b) for b in rng.choice(256, k, replace=False)), bytes(48)) for k in (0, 3, 9, 10, 11, 12, 15, 40)]
-    gallery = p.Gallery()
+    looks = [Looks(base ^ sum(1 << int(b) for b in rng.choice(256, k, replace=False)), bytes(48)) for k in (0, 3, 9, 10, 11, 12, 15, 40)]
+    gallery = Gallery()
     gallery.add(looks[0])
     assert [gallery.has(other) for other in looks] == [looks[0].like(other) for other in looks] == [True] * 4 + [False] * 4
 
@@ -257,7 +262,7 @@ def part(folder, out, process, processes, writer=None):
 def test_processes_share_the_pictures(folder, tmp_path, monkeypatch):
     """Three processes, in turns: each asks about its own pictures alone, none is asked about twice, the main one waits for the others, and
     manifest and report are those of one process; a copy of a picture that another process has is dropped at the end, wherever it went."""
-    monkeypatch.setattr(p, "POLL", 0.0)
+    monkeypatch.setattr(journals, "POLL", 0.0)
     for i in range(4):
         photo(i).save(folder / f"copy-{i}.png")
     run(folder, tmp_path / "one", Script())
@@ -277,7 +282,7 @@ def test_processes_share_the_pictures(folder, tmp_path, monkeypatch):
 def test_another_number_of_processes_goes_on(after, folder, tmp_path, monkeypatch):
     """Two processes are killed, one of them within a line: any number goes on, asks about the rest alone, and ends as a run of one process.
     A copy of a picture that is done is not asked about where one process knows all journals."""
-    monkeypatch.setattr(p, "POLL", 0.0)
+    monkeypatch.setattr(journals, "POLL", 0.0)
     for i in range(6):
         photo(i).save(folder / f"copy-{i}.png")
     run(folder, tmp_path / "one", Script())
@@ -305,7 +310,7 @@ def test_the_command_under_a_launcher(folder, tmp_path, monkeypatch, vlm, capsys
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert main(command) == 0 and (tmp_path / "r.json").exists() == (rank == "0")
         assert ("18 requests of 6 pictures" in capsys.readouterr().out) == (rank == "0")
-    parts = [len((tmp_path / "out" / p.journal_name(i)).read_text().splitlines()) - 1 for i in (0, 1)]
+    parts = [len((tmp_path / "out" / journals.journal_name(i)).read_text().splitlines()) - 1 for i in (0, 1)]
     assert sum(parts) == 6 and min(parts) > 0
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -314,9 +319,9 @@ def test_the_command_under_a_launcher(folder, tmp_path, monkeypatch, vlm, capsys
 
 def test_processes_that_stand_still_are_named(folder, tmp_path, monkeypatch):
     """The main process does not wait forever, and does not take journals of another run, or damaged ones."""
-    monkeypatch.setattr(p, "POLL", 0.0)
-    monkeypatch.setattr(p, "PATIENCE", 0.0)
-    theirs = sum(p.part_of(f"{i}.png", 2) for i in range(6))
+    monkeypatch.setattr(journals, "POLL", 0.0)
+    monkeypatch.setattr(journals, "PATIENCE", 0.0)
+    theirs = sum(journals.part_of(f"{i}.png", 2) for i in range(6))
     with pytest.raises(InputError, match=rf"nothing came from the other processes .*process 1 has {theirs} pictures left.*; the same command goes on"):
         list(part(folder, tmp_path / "out", 0, 2))
     assert not (tmp_path / "out" / "manifest.jsonl").exists()

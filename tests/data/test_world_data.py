@@ -11,29 +11,27 @@ from scipy.stats import chisquare
 
 from vlmedit.data import judge_lessons as schooling
 from vlmedit.data import world as data
+from vlmedit.data.batches import CaptionedBatch, PairedBatch, UnpairedBatch
 from vlmedit.data.world import (
     EDIT_SHARES,
-    SETTLED_TYPES,
+    FULFILLABLE_TYPES,
     SLOTS,
-    CaptionedBatch,
-    PairedBatch,
-    UnpairedBatch,
+    as_fulfilled,
     captioned_batch,
     held_out,
     jpeg,
     paired_batch,
     reading_batch,
     references,
-    rng_for,
     sample_example,
-    seed_torch,
-    settle,
     unpaired_batch,
 )
-from vlmedit.networks.text import build_tokenizer
-from vlmedit.world.edits import ALL_TYPES, ImpossibleEdit, apply_edit, check_edit
+from vlmedit.errors import ImpossibleEdit
+from vlmedit.seeds import rng_for, seed_torch
+from vlmedit.world.edits import ALL_TYPES, apply_edit, check_edit
 from vlmedit.world.language import caption, parse_instruction
 from vlmedit.world.render import render
+from vlmedit.world.tokenizer import build_tokenizer
 from vlmedit.world.verdict import edit_done, rest_kept
 
 
@@ -62,7 +60,7 @@ def test_a_batch_of_given_requests_is_made_of_their_own_words_and_pictures():
     """Row by row: the instruction, both captions, both questions, their answers and the picture belong to the example given."""
     examples = held_out(16, 3, ALL_TYPES[:9])
     reference = render([e.scene for e in examples], 16)
-    batch = data.batch_of(examples, reference)
+    batch = data.batch_of_examples(examples, reference)
     assert len(batch) == 16 and batch.reference is reference and batch.types == tuple(e.edit.type for e in examples)
     assert words(batch.instruction) == [e.instruction for e in examples]
     assert words(batch.reference_caption) == [caption(e.scene) for e in examples]
@@ -157,9 +155,9 @@ def test_seed_parts_do_not_run_together():
     assert torch.equal(torch.rand(3), one) and not torch.equal(one, two)
 
 
-def test_a_pool_limits_the_data():
-    """pool=5 draws from five distinct requests, and from all of them; from others for a run of another seed."""
-    drawn_by = lambda run: {pair for k in range(20) for b in [unpaired_batch(16, 8, run, k, pool=5)] for pair in zip(words(b.instruction), words(b.reference_caption))}
+def test_a_request_limit_limits_the_data():
+    """request_limit=5 draws from five distinct requests, and from all of them; from others for a run of another seed."""
+    drawn_by = lambda run: {pair for k in range(20) for b in [unpaired_batch(16, 8, run, k, request_limit=5)] for pair in zip(words(b.instruction), words(b.reference_caption))}
     assert len(drawn_by(0)) == len(drawn_by(1)) == 5 and not drawn_by(0) & drawn_by(1)
 
 
@@ -167,13 +165,13 @@ def test_a_pool_limits_the_data():
 
 
 def test_held_out_scenes_are_in_no_training_stream(drawn):
-    """No scene of three evaluation sets occurs among nearly 10000 scenes of the teacher's, the students', the pool's and the judge's
+    """No scene of three evaluation sets occurs among nearly 10000 scenes of the teacher's, the students', the limited requests' and the judge's
     streams with the same seeds; and evaluation sets of two seeds share none."""
     for seed in range(3):
         for step in range(8):
             captioned_batch(150, 8, seed, step, 0)
             unpaired_batch(150, 8, seed, step, 0)
-            unpaired_batch(50, 8, seed, step, 0, pool=100)
+            unpaired_batch(50, 8, seed, step, 0, request_limit=100)
             schooling.lesson(60, 32, seed, step, 0)
     trained = {s for call in drawn for s in call}
     assert len(trained) > 9_500
@@ -257,24 +255,24 @@ def test_batches_move_and_count():
     assert {CaptionedBatch, UnpairedBatch, PairedBatch} == {type(b) for b in (captioned_batch(1, 8, 0), unpaired_batch(1, 8, 0), paired_batch(1, 8, 0))}
 
 
-def test_settled_requests_ask_for_what_is_so_already():
+def test_fulfilled_requests_ask_for_what_is_so_already():
     """The same edit in words that fit the picture; nothing is left to do, and the world refuses it as "already" done."""
-    rng = rng_for("settled test")
-    for kind in SETTLED_TYPES:
+    rng = rng_for("fulfilled test")
+    for kind in FULFILLABLE_TYPES:
         for _ in range(40):
             example = sample_example(rng, (kind,))
-            settled = settle(example, rng)
-            assert settled.edit.type == "nothing"
-            asked = parse_instruction(settled.instruction)
+            fulfilled = as_fulfilled(example, rng)
+            assert fulfilled.edit.type == "nothing"
+            asked = parse_instruction(fulfilled.instruction)
             assert asked == parse_instruction(example.instruction)
             with pytest.raises(ImpossibleEdit, match="already"):
-                check_edit(settled.scene, asked)
+                check_edit(fulfilled.scene, asked)
 
 
-def test_settled_rows_of_a_batch_have_nothing_to_do():
-    """With a share of .6: every type that allows it is settled in about that share, no other type is; the captions agree."""
-    rows = [unpaired_batch(100, 16, "settled", k, settled=0.6) for k in range(8)]
-    plain = [unpaired_batch(100, 16, "settled", k) for k in range(8)]
+def test_fulfilled_rows_of_a_batch_have_nothing_to_do():
+    """With a share of .6: every type that allows it is fulfilled in about that share, no other type is; the captions agree."""
+    rows = [unpaired_batch(100, 16, "fulfilled", k, fulfilled_share=0.6) for k in range(8)]
+    plain = [unpaired_batch(100, 16, "fulfilled", k) for k in range(8)]
     changed = {kind: [] for kind in EDIT_SHARES}
     for with_share, without in zip(rows, plain):
         for i, kind in enumerate(without.types):
@@ -282,7 +280,7 @@ def test_settled_rows_of_a_batch_have_nothing_to_do():
             if with_share.nothing[i]:
                 assert torch.equal(with_share.reference_caption[i], with_share.target_caption[i])
     for kind, flags in changed.items():
-        if kind in SETTLED_TYPES:
+        if kind in FULFILLABLE_TYPES:
             assert 0.35 < sum(flags) / len(flags) < 0.85, kind
         else:
             assert not any(flags), kind
@@ -290,7 +288,8 @@ def test_settled_rows_of_a_batch_have_nothing_to_do():
 
 def test_reading_labels_are_what_the_instruction_says():
     """Every named slot of every instruction, read back from its words by the grammar; a slot that is not named is 0."""
-    ids, labels = reading_batch(200, "reading test")
+    batch = reading_batch(200, "reading test")
+    ids, labels = batch.instruction, batch.labels
     texts = build_tokenizer().batch_decode(ids, skip_special_tokens=True)
     named = 0
     for text, row in zip(texts, labels.tolist()):

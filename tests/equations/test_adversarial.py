@@ -7,11 +7,12 @@ import torch
 from helpers.tiny_models import SIDE, tiny_judge
 
 from vlmedit.data.judge_lessons import lesson
-from vlmedit.data.world import GROUND_CLASSES, ground, rng_for
-from vlmedit.methods.judge import attack, yes_no_losses
+from vlmedit.data.world import ground
+from vlmedit.equations.adversarial import attack, yes_no_losses
 from vlmedit.networks.judge import ground_loss
+from vlmedit.seeds import rng_for
 from vlmedit.world.render import render
-from vlmedit.world.scene import COLORS, SHAPES, TEXTURES, Scene, Thing, sample_scene
+from vlmedit.world.scene import COLORS, GROUND_CLASSES, SHAPES, TEXTURES, Scene, Thing, sample_scene
 
 PAIRS = 6
 

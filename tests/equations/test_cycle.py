@@ -9,18 +9,22 @@ from helpers.tiny_models import SIDE, pictures, tiny_dit
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from vlmedit.config import BootstrapConfig, ConfigError, CycleGANConfig
 from vlmedit.data import world as data
-from vlmedit.data.world import UnpairedBatch, sample_example, unpaired_batch
-from vlmedit.equations.cycle import adversarial_loss, copy_loss, critic_loss, cycle_batch, cycle_loss, direction, inverse, prior_loss, route
+from vlmedit.data.batches import UnpairedBatch
+from vlmedit.data.cycles import cycle_batch, inverse
+from vlmedit.data.world import sample_example, unpaired_batch
+from vlmedit.equations.cycle import adversarial_loss, copy_loss, critic_loss, cycle_loss, direction, prior_loss, route
+from vlmedit.errors import ConfigError, ImpossibleEdit
 from vlmedit.flow import interpolate, logit_normal_time, to_x0
-from vlmedit.methods.bootstrap import Bootstrap, train_bootstrap
-from vlmedit.methods.cyclegan_turbo import CycleGAN, train_cyclegan
-from vlmedit.networks.text import build_tokenizer
-from vlmedit.world.edits import EDIT_TYPES, ImpossibleEdit, apply_edit, check_edit, side_reached
+from vlmedit.methods.bootstrap import Bootstrap, BootstrapConfig, train_bootstrap
+from vlmedit.methods.cyclegan_turbo import CycleGANTurbo, CycleGANTurboConfig, train_cyclegan_turbo
+from vlmedit.protocols import Phase
+from vlmedit.world.edits import EDIT_TYPES, apply_edit, check_edit, side_reached
 from vlmedit.world.language import caption, parse_instruction
+from vlmedit.world.tokenizer import build_tokenizer
 
-TWO = (1.0, 0.5)
+TWO = dict(calls="all", sampler_steps=2)  # an unroll at times 1 and 0.5
+STUDENT = Phase("student", ("student",))
 MEAN, STD = -0.3, 0.5  # of the real pictures
 
 
@@ -70,13 +74,13 @@ def test_the_inverse_leads_back(kind):
 
 def test_a_batch_is_the_no_pair_path_s_with_an_inverse_in_words(monkeypatch):
     """The same requests as `unpaired_batch` gives for the same arguments, every tensor equal; one render call, of references; inverses that
-    can be read and are there exactly where a row is reversible; settled rows ask for nothing, and nothing is undone by nothing."""
+    can be read and are there exactly where a row is reversible; fulfilled rows ask for nothing, and nothing is undone by nothing."""
     rendered = []
-    plain = unpaired_batch(48, SIDE, "c", settled=0.3)
+    plain = unpaired_batch(48, SIDE, "c", fulfilled_share=0.3)
     original = data.render
     monkeypatch.setattr(data, "render", lambda scenes, side: rendered.append(len(scenes)) or original(scenes, side))
     monkeypatch.setattr(data, "target_of", lambda *_: pytest.fail("a target was made"))
-    batch = cycle_batch(48, SIDE, "c", settled=0.3)
+    batch = cycle_batch(48, SIDE, "c", fulfilled_share=0.3)
     for f in fields(UnpairedBatch):
         a, b = getattr(plain, f.name), getattr(batch.request, f.name)
         assert a == b if f.name == "types" else torch.equal(a, b), f.name
@@ -87,7 +91,7 @@ def test_a_batch_is_the_no_pair_path_s_with_an_inverse_in_words(monkeypatch):
             undo = parse_instruction(text_of(row)).type
             assert undo == {"add": "remove", "remove": "add"}.get(kind, kind)
     assert 0 < (1 - batch.reversible).sum() < 12  # some moves
-    assert torch.equal(cycle_batch(8, SIDE, "c", pool=3).request.reference, unpaired_batch(8, SIDE, "c", pool=3).reference)
+    assert torch.equal(cycle_batch(8, SIDE, "c", request_limit=3).request.reference, unpaired_batch(8, SIDE, "c", request_limit=3).reference)
 
 
 # --- losses
@@ -204,8 +208,8 @@ def grown(dit):
     return dit
 
 
-def gan_roles(**given) -> CycleGAN:
-    roles = CycleGAN(CycleGANConfig.make("smoke", side=SIDE, precision="no", **given), tiny_dit(0), tiny_dit(1))
+def gan_roles(**given) -> CycleGANTurbo:
+    roles = CycleGANTurbo(CycleGANTurboConfig.make("smoke", side=SIDE, precision="no", **given), tiny_dit(0), tiny_dit(1))
     grown(roles.critic)
     return roles
 
@@ -213,9 +217,12 @@ def gan_roles(**given) -> CycleGAN:
 def test_cyclegan_s_gradient_is_that_of_its_definition(batch):
     """Recomputed from the same seed by plain calls: edit, adversary, edit back with the output as reference and with its graph, copy. The
     critic gets no gradient from it, and only the critic from its own backward."""
-    roles, twin = (gan_roles(cycle_weight=0.7, nothing_weight=0.3) for _ in range(2))
+    roles, twin = (gan_roles(cycle_weight=0.7, nothing_weight=0.3, **TWO) for _ in range(2))
     torch.manual_seed(0)
-    output, metrics = roles.student_backward(batch, TWO)
+    memory = {}
+    metrics = roles.backward(STUDENT, batch, memory, 0)
+    output = memory["output"]
+    assert metrics.pop("calls") == 4 * 2 * 2  # there and back
     assert set(metrics) == {"gan", "cycle", "nothing"} and all(p.grad is None for p in roles.critic.parameters()) and not output.requires_grad
 
     request = batch.request
@@ -242,7 +249,8 @@ def test_cyclegan_s_gradient_is_that_of_its_definition(batch):
         if b.grad is not None:
             assert (a.grad - b.grad).abs().max() < 1e-4 * largest, name
     roles.student.zero_grad(set_to_none=True)
-    roles.critic_backward(batch, output)
+    critic_metrics = roles.backward(Phase("critic", ("critic",)), batch, memory, 0)
+    assert set(critic_metrics) == {"critic"}
     assert any(p.grad is not None for p in roles.critic.parameters()) and all(p.grad is None for p in roles.student.parameters())
 
 
@@ -287,24 +295,25 @@ def test_bootstrap_s_gradient_is_that_of_its_definition(batch):
 
 def test_the_follower_follows():
     """After k steps from a student moved by d it has gone 1 - .9^k of the way."""
-    roles = bootstrap_roles(follow=0.9)
+    roles = bootstrap_roles(target_decay=0.9)
     before = [p.clone() for p in roles.follower.parameters()]
     for p in roles.student.parameters():
         p.data += 1.0
-    for _ in range(3):
-        roles.follow()
+    for index in range(3):
+        roles.after(index)
     for a, b in zip(roles.follower.parameters(), before):
         torch.testing.assert_close(a, b + 1 - 0.9**3, atol=1e-5, rtol=0)
 
 
 def test_both_lower_their_own_loss_on_one_batch(batch):
     """Twenty updates on the same requests, noise held fixed: the student's losses fall by a tenth, the critic's by a twentieth."""
-    gan, boot = gan_roles(), bootstrap_roles()
+    gan, boot = gan_roles(calls="one"), bootstrap_roles()
     z, t, eps = boot.pseudo_target(batch), torch.full((4,), 0.6), pictures(4, 9)
 
     def gan_loss():
         torch.manual_seed(1)
-        return gan.student_backward(batch, (1.0,))
+        metrics = gan.backward(STUDENT, batch, {}, 0)
+        return sum(metrics[name] for name in ("gan", "cycle", "nothing"))
 
     def boot_loss():
         torch.manual_seed(1)
@@ -316,7 +325,7 @@ def test_both_lower_their_own_loss_on_one_batch(batch):
         torch.manual_seed(1)
         return gan.critic_backward(batch, pictures(4, 7))
 
-    for model, value, share in ((gan.student, lambda: sum(gan_loss()[1].values()), 0.9), (boot.student, boot_loss, 0.9), (gan.critic, critic_loss_now, 0.95)):
+    for model, value, share in ((gan.student, gan_loss, 0.9), (boot.student, boot_loss, 0.9), (gan.critic, critic_loss_now, 0.95)):
         optimizer, first = torch.optim.Adam(model.parameters(), 2e-3), None
         for _ in range(20):
             optimizer.zero_grad()
@@ -329,20 +338,20 @@ def test_both_lower_their_own_loss_on_one_batch(batch):
 # --- the stages
 
 
-@pytest.mark.parametrize("stage", ("cyclegan", "bootstrap"))
+@pytest.mark.parametrize("stage", ("cyclegan_turbo", "bootstrap"))
 def test_a_killed_run_resumes_to_the_same_weights(folder, tmp_path, stage):
     """Three updates: finite figures, calls counted; killed after two, the run ends in the straight run's weights, bit for bit."""
-    config, train = {"cyclegan": (CycleGANConfig, train_cyclegan), "bootstrap": (BootstrapConfig, train_bootstrap)}[stage]
+    config, train = {"cyclegan_turbo": (CycleGANTurboConfig, train_cyclegan_turbo), "bootstrap": (BootstrapConfig, train_bootstrap)}[stage]
     made = lambda name: config.make("smoke", teacher=str(folder / "teacher"), student=str(folder / "student"), side=SIDE, precision="no", steps=3, out=str(tmp_path / name))
     steps = list(train(made("straight")))
     assert [s.index for s in steps] == [1, 2, 3] and not any(s.skipped for s in steps)
     assert all(torch.isfinite(torch.tensor(float(v))) for s in steps for v in s.metrics.values())
-    assert all(s.metrics["calls"] in ((8, 16) if stage == "cyclegan" else (4 * 6,)) for s in steps) and steps[0].pictures["output"].shape == (4, 3, SIDE, SIDE)
+    assert all(s.metrics["calls"] in ((8, 16) if stage == "cyclegan_turbo" else (4 * 6,)) for s in steps) and steps[0].pictures["output"].shape == (4, 3, SIDE, SIDE)
     run = train(made("killed"))
     next(run), next(run)
     run.close()
     list(train(made("killed")))
-    for name in ("model/diffusion_pytorch_model", "checkpoint/" + ("critic" if stage == "cyclegan" else "follower")):
+    for name in ("model/diffusion_pytorch_model", "checkpoint/" + ("critic" if stage == "cyclegan_turbo" else "follower")):
         a, b = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("straight", "killed"))
         assert all(torch.equal(a[k], b[k]) for k in a), name
     start = load_file(folder / "student" / "diffusion_pytorch_model.safetensors")
@@ -351,13 +360,13 @@ def test_a_killed_run_resumes_to_the_same_weights(folder, tmp_path, stage):
 
 def test_bad_settings_are_named():
     bad = {
-        "gan_weight is 0; without it copying is the best answer": (CycleGANConfig, dict(gan_weight=0)),
-        "mismatch is 2; it is a share": (CycleGANConfig, dict(mismatch=2)),
-        "calls is 'thrice'; known: one": (CycleGANConfig, dict(calls="thrice")),
-        "critic_updates is 0": (CycleGANConfig, dict(critic_updates=0)),
+        "gan_weight is 0; without it copying is the best answer": (CycleGANTurboConfig, dict(gan_weight=0)),
+        "mismatch is 2; it is a share": (CycleGANTurboConfig, dict(mismatch=2)),
+        "calls is 'thrice'; known: one": (CycleGANTurboConfig, dict(calls="thrice")),
+        "critic_updates is 0": (CycleGANTurboConfig, dict(critic_updates=0)),
         "cycle_weight is -1; it must be at least 0": (BootstrapConfig, dict(cycle_weight=-1)),
         "prior_weight is 0; without it copying": (BootstrapConfig, dict(prior_weight=0)),
-        "follow is 1.0; it must lie in": (BootstrapConfig, dict(follow=1.0)),
+        "target_decay is 1.0; it must lie in": (BootstrapConfig, dict(target_decay=1.0)),
     }
     for message, (config, given) in bad.items():
         with pytest.raises(ConfigError, match=message):

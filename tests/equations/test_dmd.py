@@ -211,6 +211,18 @@ def test_scores_are_the_networks_denoised_pictures():
     assert len(asked) == 1 and torch.equal(asked[0][2], text)
 
 
+def test_each_row_may_have_a_scale_of_its_own():
+    """Row by row the scores are those of that row's scale; a row of scales asks for the unconditional score even where all are 1."""
+    teacher, fake, scales = tiny_dit(1), tiny_dit(2), torch.tensor([1.0, 3.5, 7.5])
+    x, text, t, eps = pictures(3), torch.randint(5, 40, (3, 6)), torch.tensor([0.1, 0.5, 0.9]), pictures(3, 1)
+    real, _ = dmd_scores(x, text, teacher, fake, scales, t, eps)
+    for row, scale in enumerate(scales.tolist()):
+        torch.testing.assert_close(real[row], dmd_scores(x, text, teacher, fake, scale, t, eps)[0][row], atol=1e-5, rtol=0)
+    asked = []
+    dmd_scores(x, text, lambda *a: asked.append(a) or teacher(*a), fake, torch.ones(3), t, eps)
+    assert [bool(a[2].any()) for a in asked] == [True, False]
+
+
 def test_dmd_times_are_uniform_between_the_released_bounds():
     """0.02 to 0.98: bounds touched within 1e-3 by 20000 draws, mean and deviation within 5 standard errors."""
     t = draw_dmd_time(20_000)

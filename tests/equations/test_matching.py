@@ -6,11 +6,10 @@ import torch
 from helpers.tiny_models import SIDE, pictures, requests, tiny_dit, tiny_judge
 from safetensors.torch import load_file
 
-from vlmedit.config import ConfigError, NPEditConfig
 from vlmedit.equations.dmd import dmd_gradient, dmd_loss, dmd_scores
 from vlmedit.equations.matching import (
     OBJECTIVES,
-    Setting,
+    MatchingContext,
     estimates,
     features,
     gan_loss,
@@ -25,8 +24,9 @@ from vlmedit.equations.matching import (
     sid_loss,
     squared_distances,
 )  # fmt: skip
+from vlmedit.errors import ConfigError
 from vlmedit.flow import interpolate, to_x0
-from vlmedit.methods.npedit import NPEdit, train_npedit
+from vlmedit.methods.npedit import NPEdit, NPEditConfig, train_npedit
 
 MEAN, STD = -0.3, 0.5  # the teacher's Gaussian
 STUDENTS = ((0.8, 0.4), (-1.0, 0.7), (-0.3, 0.2))  # mean and standard deviation
@@ -192,7 +192,7 @@ class Knowing:
 def gaussian_setting(x, mean=0.8, std=0.4, seed=5):
     t = torch.linspace(0.05, 0.95, len(x), dtype=torch.float64)
     text = torch.ones(len(x), 3, dtype=torch.long)
-    return Setting(Knowing(MEAN, STD), Knowing(mean, std), text, t, double(*x.shape, seed=seed))
+    return MatchingContext(Knowing(MEAN, STD), Knowing(mean, std), text, t, double(*x.shape, seed=seed))
 
 
 def test_f_js_is_dmd_weighted_per_sample():
@@ -310,7 +310,7 @@ def test_only_the_pictures_get_a_gradient(name):
         fake.ground = ratio_head(fake.config.width)
         torch.nn.init.normal_(fake.ground.weight)  # an untaught discriminator has no gradient yet
     batch, x = requests("recolor", "remove", "move"), pictures(3, 5).requires_grad_()
-    s = Setting(teacher, fake, batch.target_caption, torch.tensor([0.3, 0.6, 0.9]), pictures(3, 6), 2.0, "sample", batch.reference, batch.reference_caption)
+    s = MatchingContext(teacher, fake, batch.target_caption, torch.tensor([0.3, 0.6, 0.9]), pictures(3, 6), 2.0, "sample", batch.reference, batch.reference_caption)
     (gradient,) = torch.autograd.grad(OBJECTIVES[name].loss(x, s), x)
     assert gradient.isfinite().all() and gradient.flatten(1).norm(dim=1).min() > 0
     assert all(p.grad is None for m in (teacher, fake) for p in m.parameters())
@@ -320,7 +320,7 @@ def test_estimates_are_dmd_s_and_keep_the_graph():
     """The same two pictures as `dmd_scores`, to 1e-6, but depending on x; guidance reaches the teacher alone."""
     teacher, fake = tiny_dit(1), tiny_dit(2)
     x, text = pictures(2).requires_grad_(), torch.randint(5, 40, (2, 6))
-    s = Setting(teacher, fake, text, torch.tensor([0.3, 0.8]), pictures(2, 1), 3.0)
+    s = MatchingContext(teacher, fake, text, torch.tensor([0.3, 0.8]), pictures(2, 1), 3.0)
     mine, theirs = estimates(x, s), dmd_scores(x, text, teacher, fake, 3.0, s.t, s.eps)
     for a, b in zip(mine, theirs):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
@@ -332,7 +332,7 @@ def test_estimates_are_dmd_s_and_keep_the_graph():
 def test_the_default_is_dmd_to_the_bit():
     """The registry's "dmd" is the surrogate of the DMD gradient: value and derivative equal bit for bit."""
     x = pictures(3, 5).requires_grad_()
-    s = Setting(tiny_dit(1), tiny_dit(2), torch.randint(5, 40, (3, 6)), torch.tensor([0.3, 0.6, 0.9]), pictures(3, 6), 2.0)
+    s = MatchingContext(tiny_dit(1), tiny_dit(2), torch.randint(5, 40, (3, 6)), torch.tensor([0.3, 0.6, 0.9]), pictures(3, 6), 2.0)
     a = torch.autograd.grad(OBJECTIVES["dmd"].loss(x, s), x)[0]
     b = torch.autograd.grad(dmd_loss(x, dmd_gradient(x, *dmd_scores(x, s.text, s.teacher, s.fake, 2.0, s.t, s.eps))), x)[0]
     assert torch.equal(a, b) and NPEditConfig.make("laptop").matching == "dmd"
@@ -341,7 +341,7 @@ def test_the_default_is_dmd_to_the_bit():
 def test_features_do_not_read_the_caption():
     """A picture's features are the same whatever its caption; the caption's are the words', and neither is constant."""
     teacher, text = tiny_dit(1), torch.randint(5, 40, (2, 6))
-    s = Setting(teacher, None, text, torch.tensor([0.3, 0.8]), pictures(2, 1))
+    s = MatchingContext(teacher, None, text, torch.tensor([0.3, 0.8]), pictures(2, 1))
     (a, words), (b, others) = features(s, pictures(2), text), features(s, pictures(2), text.flip(0))
     assert torch.equal(a, b) and torch.equal(words, others.flip(0)) and not torch.equal(words[0], words[1]) and not torch.equal(a[0], a[1])
 

@@ -8,14 +8,25 @@ import torch
 from helpers.tiny_models import SIDE, pictures, requests, tiny_dit, tiny_judge
 from torch import nn
 
-from vlmedit.config import ConfigError, NPEditConfig
 from vlmedit.equations.judge_loss import judge_loss
 from vlmedit.equations.matching import gan_loss
-from vlmedit.equations.rewards import LEVELS, REWARDS, SHIFT, WORDINGS, Panel, TeacherJudge, augmented, denoising_error, moved, reworded
+from vlmedit.equations.rewards import (
+    LEVELS,
+    REWARDS,
+    SHIFT,
+    WORDINGS,
+    Panel,
+    TeacherJudge,
+    augmented,
+    denoising_error,
+    moved,
+    reworded,
+)
+from vlmedit.errors import ConfigError
 from vlmedit.flow import flow_matching_loss, interpolate, logit_normal_time, velocity_target
 from vlmedit.methods import npedit as trainer
-from vlmedit.methods.npedit import NPEdit, train_npedit
-from vlmedit.networks.text import build_tokenizer
+from vlmedit.methods.npedit import NPEdit, NPEditConfig, train_npedit
+from vlmedit.world.tokenizer import build_tokenizer
 
 TWO = (1.0, 0.5)
 
@@ -173,7 +184,7 @@ def test_every_reward_is_lowered_by_descent_on_the_pictures(name):
 
 def roles(**given) -> NPEdit:
     config = NPEditConfig.make("smoke", **{"side": SIDE, "batch": 3, "precision": "no", **given})
-    return NPEdit(config, tiny_dit(0), tiny_dit(1), tiny_dit(2), tiny_judge(3), second=tiny_judge(8) if config.second else None)
+    return NPEdit(config, tiny_dit(0), tiny_dit(1), tiny_dit(2), tiny_judge(3))
 
 
 def gradients(model) -> list:
@@ -267,7 +278,7 @@ def test_the_gan_term_is_added_to_the_pull():
     pull = lambda model: (torch.manual_seed(1), model.output_gradients(batch, x, 0)[0]["dmd"])[1]
     torch.manual_seed(1)
     t, eps, leaf = trainer.draw_dmd_time(3), torch.randn_like(x), x.clone().requires_grad_()
-    s = trainer.Setting(more.teacher, more.fake, batch.target_caption, t, eps)
+    s = trainer.MatchingContext(more.teacher, more.fake, batch.target_caption, t, eps)
     (wanted,) = torch.autograd.grad(gan_loss(leaf, s), leaf)
     torch.testing.assert_close(pull(more) - pull(plain), 0.4 * wanted, atol=1e-7, rtol=1e-3)
     assert wanted.abs().max() > 1e-6
@@ -280,15 +291,15 @@ ARMS = {
     "AlignProp": dict(dmd_weight=0.0, calls="all", truncate="random"),
     "R0": dict(dmd_weight=0.0, anchor_weight=0.1),
     "GAN term": dict(gan_weight=0.5),
-    "asking": dict(second=True, wording="turned", augment=True),
+    "asking": dict(judge=("judge", "judge"), wording="turned", augment=True),
 }
 
 
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_makes_two_updates(folder, tmp_path, name):
-    given = {k: str(folder / "judge") if k == "second" else v for k, v in ARMS[name].items()}
     places = {k: str(folder / k) for k in ("teacher", "student", "judge")}
-    config = NPEditConfig.make("smoke", **places, **given, side=SIDE, batch=3, precision="no", out=str(tmp_path / "run"))
+    given = {k: tuple(str(folder / place) for place in v) if k == "judge" else v for k, v in ARMS[name].items()}
+    config = NPEditConfig.make("smoke", **{**places, **given}, side=SIDE, batch=3, precision="no", out=str(tmp_path / "run"))
     steps = list(train_npedit(config))
     assert [s.index for s in steps] == [1, 2] and not any(s.skipped for s in steps)
     assert all(torch.isfinite(torch.tensor(v)) for s in steps for v in s.metrics.values()) and steps[0].metrics["gradient_judge"] > 0
@@ -299,7 +310,7 @@ def test_every_arm_makes_two_updates(folder, tmp_path, name):
 @pytest.mark.parametrize("name", ("ReFL", "AlignProp", "R0", "asking"))
 def test_every_reward_without_dmd_pleases_its_judge_more(folder, tmp_path, name):
     """Twelve updates on one batch with the same draws each time: what the update lowers falls, and the judge is more pleased."""
-    config = NPEditConfig.make("smoke", **{**ARMS[name], "second": None, "dmd_weight": 0.0}, judge_weight=1.0, nothing_weight=0.0, gain_steps=1, side=SIDE, precision="no", out=str(tmp_path))
+    config = NPEditConfig.make("smoke", **{**ARMS[name], "judge": "judge", "dmd_weight": 0.0}, judge_weight=1.0, nothing_weight=0.0, logit_gain_steps=1, side=SIDE, precision="no", out=str(tmp_path))
     student, judge, batch = tiny_dit(1), tiny_judge(3), requests("recolor", "style", "background", "remove")
     roles = NPEdit(config, student, tiny_dit(0), tiny_dit(0), judge)
     optimizer, losses = torch.optim.Adam(student.parameters(), 2e-3), []
@@ -320,13 +331,14 @@ def test_bad_settings_are_named(folder, tmp_path):
         "anchor_weight is -1; it must be at least 0": dict(anchor_weight=-1),
         "gan_weight is 0.5; its discriminator is a head of the fake score": dict(gan_weight=0.5, dmd_weight=0.0),
         "gan_weight is 0.1; its": dict(gan_weight=0.1, matching="mmd"),
-        "second is 'x'; it belongs to reward 'judge', and reward is 'teacher'": dict(second="x", reward="teacher"),
+        "a second judge belongs to reward 'judge', and reward is 'teacher'": dict(judge=("a", "b"), reward="teacher"),
         "augment is True; it belongs to reward 'judge'": dict(augment=True, reward="teacher"),
+        "judge is empty; name at least one": dict(judge=()),
         "teacher_draws is 0": dict(teacher_draws=0),
     }
     for message, given in bad.items():
         with pytest.raises(ConfigError, match=message):
             NPEditConfig.make("smoke", **given)
     places = {k: str(folder / k) for k in ("teacher", "student", "judge")}
-    with pytest.raises(ConfigError, match="second is '.*nowhere', no folder with a judge"):
-        next(train_npedit(NPEditConfig.make("smoke", **places, side=SIDE, precision="no", second=str(tmp_path / "nowhere"), out=str(tmp_path / "run"))))
+    with pytest.raises(ConfigError, match="judge is '.*nowhere', no folder with a judge"):
+        next(train_npedit(NPEditConfig.make("smoke", **{**places, "judge": (places["judge"], str(tmp_path / "nowhere"))}, side=SIDE, precision="no", out=str(tmp_path / "run"))))

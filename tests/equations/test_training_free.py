@@ -4,11 +4,14 @@ import pytest
 import torch
 from helpers.tiny_models import SIDE, tiny_dit
 
+from vlmedit.data.batches import TEXT_LENGTH
 from vlmedit.data.world import held_out
-from vlmedit.equations.training_free import EDITORS, calls, edit_by_captions, flowedit, guided, inversion, invert, sdedit, times_below
+from vlmedit.equations.training_free import EDITORS, calls, flowedit, guided, inversion, invert, sdedit, times_below
+from vlmedit.evaluation.editing import edit_by_captions
 from vlmedit.flow import sample
 from vlmedit.world.edits import EDIT_TYPES
 from vlmedit.world.render import render
+from vlmedit.world.tokenizer import encode
 
 
 def double(*shape, seed=0):
@@ -121,9 +124,10 @@ def test_both_captions_are_asked_for_what_they_are():
     """The source flow reads the reference's caption, unguided; the target's reads the other, guided against the empty one."""
     teacher = tiny_dit(1)
     x, t = torch.randn(1, 3, SIDE, SIDE), torch.tensor([0.5])
+    words = encode(["a red circle on white"], TEXT_LENGTH)
     with torch.no_grad():
-        plain, strong = guided(teacher, ["a red circle on white"], 1.0)(x, t), guided(teacher, ["a red circle on white"], 3.0)(x, t)
-        empty = guided(teacher, [""], 1.0)(x, t)
+        plain, strong = guided(teacher, words, 1.0)(x, t), guided(teacher, words, 3.0)(x, t)
+        empty = guided(teacher, torch.zeros_like(words), 1.0)(x, t)
     torch.testing.assert_close(strong, empty + 3 * (plain - empty), atol=1e-5, rtol=0)
 
 

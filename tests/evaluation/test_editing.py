@@ -8,26 +8,20 @@ import pytest
 import torch
 from helpers.tiny_models import SIDE, tiny_dit, tiny_pipeline
 
+from vlmedit.data.batches import TEXT_LENGTH
 from vlmedit.data.judge_lessons import lesson
-from vlmedit.data.world import TEXT_LENGTH, held_out, rng_for, target_of
+from vlmedit.data.world import held_out, target_of
 from vlmedit.evaluation import editing as module
-from vlmedit.evaluation.editing import (
-    ask_judge,
-    edit_examples,
-    evaluate,
-    evaluate_judge,
-    evaluate_student,
-    evaluate_teacher,
-    judge_against_oracle,
-    judge_by_oracle,
-    says_the_same,
-)
+from vlmedit.evaluation.editing import edit_examples, evaluate, evaluate_student, judge_against_oracle, judge_by_oracle
+from vlmedit.evaluation.judge import ask_judge, evaluate_judge
+from vlmedit.evaluation.teacher import evaluate_teacher, says_the_same
 from vlmedit.flow import few_step_times, sample
-from vlmedit.networks.text import encode
+from vlmedit.seeds import rng_for
 from vlmedit.world.edits import EDIT_TYPES
 from vlmedit.world.language import caption
 from vlmedit.world.render import render
 from vlmedit.world.scene import Scene, Thing, sample_scene
+from vlmedit.world.tokenizer import encode
 
 N = 64
 

@@ -11,7 +11,8 @@ from scipy.stats import binomtest, norm
 
 from vlmedit import flow
 from vlmedit.evaluation import statistics as scores
-from vlmedit.evaluation.editing import ask_judge, evaluate_student
+from vlmedit.evaluation.editing import evaluate_student
+from vlmedit.evaluation.judge import ask_judge
 
 
 def test_the_evaluation_reports_the_mean_hacking_gap():

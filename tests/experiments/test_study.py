@@ -13,13 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vlmedit.cli import main
-from vlmedit.config import ConfigError
 from vlmedit.data.world import held_out
-from vlmedit.evaluation.editing import ask_judge, edit_examples
+from vlmedit.errors import ConfigError, InputError
+from vlmedit.evaluation.editing import edit_examples
+from vlmedit.evaluation.judge import ask_judge
 from vlmedit.experiments import study
 from vlmedit.experiments.study import cells, costs, tables
-from vlmedit.io import InputError
-from vlmedit.methods.npedit import train_npedit
+from vlmedit.methods.npedit import NPEditConfig, train_npedit
 from vlmedit.world.edits import EDIT_TYPES
 
 
@@ -67,19 +67,19 @@ def test_each_training_starts_from_the_one_before(make):
     assert first.config.student == plan.models["student"] and second.config.student == str(Path(first.config.out) / "model")
     assert study.prepare(plan, "SFT + NP-Edit", 0)[0] == first  # trained once for both arms
     schooled, taught = study.prepare(make("judge_size"), "small", 0)
-    assert (schooled.stage, schooled.config.size, taught.config.judge) == ("judge", "small", str(Path(schooled.config.out) / "model"))
-    assert study.prepare(make("judge_size"), "shipped", 0)[0].config.judge == plan.models["judge"]
+    assert (schooled.stage, schooled.config.size, taught.config.judge) == ("judge", "small", (str(Path(schooled.config.out) / "model"),))
+    assert study.prepare(make("judge_size"), "shipped", 0)[0].config.judge == (plan.models["judge"],)
 
 
 def test_a_second_judge_joins_the_first(make):
     """Both judges: the schooled one is the second, the plan's stays the first; the editor's name depends on who was schooled, not where."""
     plan = make("asking")
     school, taught = study.prepare(plan, "both judges", 0)
-    assert taught.config.second == str(Path(school.config.out) / "model") and taught.config.judge == plan.models["judge"]
+    assert taught.config.judge == (plan.models["judge"], str(Path(school.config.out) / "model"))
     other_school, other = study.prepare(plan, "another judge", 0)
-    assert other_school == school and other.config.judge == taught.config.second and other.config.second is None
+    assert other_school == school and other.config.judge == taught.config.judge[1:]
     elsewhere = study.prepare(make("asking", runs="elsewhere"), "both judges", 0)[1]
-    assert elsewhere.key == taught.key != study.prepare(plan, "as schooled", 0)[0].key and elsewhere.config.second != taught.config.second
+    assert elsewhere.key == taught.key != study.prepare(plan, "as schooled", 0)[0].key and elsewhere.config.judge[1] != taught.config.judge[1]
 
 
 def test_the_unpaired_rivals_start_alike_and_see_no_pair(make):
@@ -93,7 +93,7 @@ def test_the_unpaired_rivals_start_alike_and_see_no_pair(make):
 
 def test_shares_of_the_requests_are_counted(make):
     plan = study.plan("data", "laptop", updates=50, overrides=make("data").models | {"side": SIDE}, out="x", runs="y")
-    assert [study.prepare(plan, arm, 0)[0].config.pool for arm in ("1 %", "50 %", "100 %")] == [16, 800, 1600]
+    assert [study.prepare(plan, arm, 0)[0].config.data.request_limit for arm in ("1 %", "50 %", "100 %")] == [16, 800, 1600]
 
 
 def test_overrides_reach_their_stages_and_no_further(make, models):
@@ -125,13 +125,14 @@ BAD = {
     "study": (dict(name="objectiv"), "unknown study 'objectiv' .nearest: objective.; known: objective, matching"),
     "arm": (dict(arms=("ful",)), "unknown arm 'ful' of study 'objective' .nearest: full.; known: full, DMD only"),
     "override": (dict(overrides={"judge_wieght": 1}), "unknown override 'judge_wieght' of study 'objective' .nearest: judge_weight.(.|\n)*known: .*answer_loss"),
-    "of another stage": (dict(overrides={"grpo.lr": 1}), "unknown override 'grpo.lr'"),
+    "of another stage": (dict(overrides={"flow_grpo.lr": 1}), "unknown override 'flow_grpo.lr'"),
+    "other data": (dict(overrides={"data": "manifest.jsonl"}), "unknown override 'data'"),
     "the seed as a setting": (dict(overrides={"seed": 1}), "unknown override 'seed'"),
     "seed": (dict(seeds=("x",)), "seed is 'x'; it must be a whole number"),
     "no seeds": (dict(seeds=()), "no seeds given"),
     "updates": (dict(updates=0), "updates is 0; it must be at least 1"),
     "what every arm sets": (dict(name="fake_updates", overrides={"fake_updates": 3}), "unknown override 'fake_updates' of study 'fake_updates'"),
-    "another model": (dict(overrides={"side": SIDE, "second": "nowhere"}), "second is 'nowhere', no folder with a model"),
+    "another model": (dict(overrides={"side": SIDE, "npedit.judge": ("here", "nowhere")}), "judge is 'here', no folder with a model.(.|\n)*judge is 'nowhere', no folder with a model"),
     "measure": (dict(equal="cost"), "equal is 'cost'; known: updates, calls, cpu"),
     "tier": (dict(tier="laptpo"), "unknown tier 'laptpo'; known: smoke, laptop, gpu"),
     "model": (dict(overrides={"student": "nowhere"}), "student is 'nowhere', no folder with a model\ntrain one"),
@@ -169,8 +170,8 @@ def test_a_study_trains_measures_and_writes_its_table(make, tmp_path):
             least = (mine[key].mean() * (1 - mine[key].mean()) / 8) ** 0.5 if key in tables.SHARES else mine[f"{key}_se"].mean() if key.endswith("psnr") else 0
             assert row[key] == pytest.approx(mine[key].mean()) and row[f"{key}_se"] == pytest.approx(max(mine[key].std() / 2**0.5, least))
     for cell, _ in records:
-        steps = cell["trainings"][0]["config"]
-        straight = list(train_npedit(cells.STAGES["npedit"][0](**{**steps, "out": str(tmp_path / f"check-{cell['arm']}-{cell['seed']}"), "betas": tuple(steps["betas"])}, **{k: plan.models[k] for k in ("teacher", "judge", "student")})))
+        models = {k: plan.models[k] for k in ("teacher", "judge", "student")}
+        straight = list(train_npedit(NPEditConfig.make(**cell["trainings"][0]["settings"], **models, out=str(tmp_path / f"check-{cell['arm']}-{cell['seed']}"))))
         assert cell["calls"] == sum(s.metrics["calls"] for s in straight) > 0 and cell["cpu_seconds"] > 0
     assert result["failed"] == [] and json.loads((tmp_path / "out" / "table.json").read_text()) == result
     with Image.open(tmp_path / "out" / "plot.png") as plot:
@@ -251,8 +252,8 @@ def test_a_judge_may_relearn_from_the_student_that_it_taught(make):
     """Halfway the judge goes to school on the student so far, and teaches it on."""
     plan = study.plan("hacking", "laptop", (0,), ("judge relearns halfway",), 40, overrides=make("hacking").models | {"side": SIDE}, out="x", runs="y")
     first, school, second = study.prepare(plan, "judge relearns halfway", 0)
-    assert school.config.students == (first.config.out + "/model",) and school.config.start == first.config.judge == plan.models["judge"]
-    assert second.config.student == first.config.out + "/model" and second.config.judge == school.config.out + "/model"
+    assert school.config.students == (first.config.out + "/model",) and (school.config.start,) == first.config.judge == (plan.models["judge"],)
+    assert second.config.student == first.config.out + "/model" and second.config.judge == (school.config.out + "/model",)
     assert cells.times(second, 2) == [10] and first.config.steps == second.config.steps == 20
 
 
@@ -280,7 +281,7 @@ def test_results_of_another_plan_are_not_overwritten(make, models, tmp_path, mon
 def test_a_training_is_made_once_for_all_studies(make, monkeypatch):
     """"steps" uses the student of "objective", four ways, without another update; its rows differ by steps alone."""
     done(make("objective", ("full",)))
-    monkeypatch.setitem(cells.STAGES, "npedit", (cells.STAGES["npedit"][0], None))  # calling it would raise
+    monkeypatch.setattr(cells, "find_method", None)  # calling it would raise
     plan = make("steps", ("NP-Edit",), out="steps")
     ((cell, known),) = done(plan)
     assert cell["ok"] and not known and list(cell["ways"]) == ["1 step", "2 steps", "4 steps", "8 steps"]
@@ -290,12 +291,11 @@ def test_a_training_is_made_once_for_all_studies(make, monkeypatch):
 
 
 def test_an_interrupted_study_goes_on_where_it_was(make, tmp_path):
-    """Stopped while its second update is made, it ends in the straight run's weights, and what was spent before is counted."""
+    """Stopped after its first update, it ends in the straight run's weights, and what was spent before is counted."""
 
     def stop(what, step):
-        assert what == "npedit, seed 0"
-        if step.index == 2:
-            raise KeyboardInterrupt
+        assert what == "npedit, seed 0" and step.index == 1
+        raise KeyboardInterrupt
 
     straight = make("objective", ("full",), runs="straight", out="a")
     done(straight)
@@ -313,23 +313,22 @@ def test_an_interrupted_study_goes_on_where_it_was(make, tmp_path):
 
 def test_a_failed_arm_stops_nothing_and_is_tried_again(make, models, monkeypatch, tmp_path, capsys):
     """By the command line: exit code 1, the others in the table, the error in the report; once mended, only it is run, exit code 0."""
-    config_class, loop = cells.STAGES["npedit"]
 
     def fails(config):
         if config.dmd_weight == 0:
             raise RuntimeError("out of luck")
-        yield from loop(config)
+        yield from train_npedit(config)
 
     pairs = [f"{k}={v}" for k, v in (models | {"side": SIDE, "precision": "no"}).items()]
     command = ["study", "objective", "--tier", "smoke", "--arms", "judge only,full", "--seeds", "0", "--set", *pairs]
     command += ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--json", str(tmp_path / "all.json")]
-    monkeypatch.setitem(cells.STAGES, "npedit", (config_class, fails))
+    monkeypatch.setattr(cells, "find_method", lambda stage: (NPEditConfig, fails))
     assert main(command) == 1
     said = capsys.readouterr()
     assert "judge only, seed 0: failed: RuntimeError: out of luck" in said.err and "full: success" in said.out
     result = json.loads((tmp_path / "all.json").read_text())
     assert result["failed"] == [{"arm": "judge only", "seed": 0, "error": "RuntimeError: out of luck"}] and [a["arm"] for a in result["arms"]] == ["full"]
-    monkeypatch.setitem(cells.STAGES, "npedit", (config_class, loop))
+    monkeypatch.setattr(cells, "find_method", lambda stage: (NPEditConfig, train_npedit))
     assert main(command) == 0
     assert "full, seed 0: 4 steps" in (err := capsys.readouterr().err) and "(there already)" in err
     result = json.loads((tmp_path / "all.json").read_text())

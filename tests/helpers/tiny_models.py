@@ -6,11 +6,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from vlmedit.data.world import UnpairedBatch, unpaired_batch
+from vlmedit.data.batches import UnpairedBatch
+from vlmedit.data.world import unpaired_batch
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judge import JudgeConfig, JudgeModel
-from vlmedit.networks.text import build_tokenizer
 from vlmedit.pipelines.shapes import EditPipeline
+from vlmedit.world.tokenizer import build_tokenizer
 
 SIDE = 16
 

@@ -1,6 +1,7 @@
 """NP-Edit's update: who changes and who does not, which gradient goes back, exact resumption; and the rivals' and main job's loops."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,16 @@ from helpers.tiny_models import SIDE, pictures, requests, tiny_dit, tiny_judge
 from PIL import Image
 from safetensors.torch import load_file
 
-from vlmedit.config import ConfigError, DistillConfig, NPEditConfig, SFTConfig, WarmupConfig
-from vlmedit.data.world import unpaired_batch
+from vlmedit.data.world import shares, unpaired_batch
+from vlmedit.errors import ConfigError
 from vlmedit.experiments import live as main_module
 from vlmedit.flow import guide, interpolate, to_x0
+from vlmedit.methods import find
 from vlmedit.methods import npedit as module
-from vlmedit.methods.npedit import NPEdit, nothing_loss, shares, train_npedit
-from vlmedit.methods.stages import STAGES
+from vlmedit.methods.copy_warmup import CopyWarmupConfig
+from vlmedit.methods.distill import DistillConfig
+from vlmedit.methods.npedit import NPEdit, NPEditConfig, nothing_loss, train_npedit
+from vlmedit.methods.sft import SFTConfig, train_sft
 from vlmedit.networks.dit import DiT
 
 TWO = (1.0, 0.5)
@@ -66,7 +70,8 @@ class Untouchable:
 def test_each_update_teaches_its_own_model_alone(batch):
     """The student's backward leaves gradients in the student alone, the fake's in the fake alone; teacher and judge are frozen,
     in eval mode, and stay so."""
-    all_roles = roles()
+    all_roles, timed = roles(), []
+    all_roles.part = lambda name: timed.append(name) or nullcontext()
     output, metrics = all_roles.student_backward(batch, TWO, step=50)
     assert not untouched(all_roles.student) and untouched(all_roles.fake)
     assert output.shape == batch.reference.shape and not output.requires_grad
@@ -77,14 +82,14 @@ def test_each_update_teaches_its_own_model_alone(batch):
     for frozen in (all_roles.teacher, all_roles.judge):
         assert untouched(frozen) and not frozen.training and not any(p.requires_grad for p in frozen.parameters())
     assert {"gradient_dmd", "gradient_judge", "gradient_nothing", "judge_loss", "p_edit", "p_identity"} == set(metrics)
-    assert all(v > 0 for v in metrics.values()) and set(all_roles.cpu) == {"student", "teacher", "judge", "fake"}
+    assert all(v > 0 for v in metrics.values()) and set(timed) == {"student", "teacher", "judge", "fake"}
 
 
 @pytest.mark.parametrize("norm, guidance, identity", (("sample", 2.0, True), ("pixel", 1.0, False)))
 def test_what_goes_back_is_the_gradient_of_the_summed_losses(batch, norm, guidance, identity):
     """Recomputed in one graph from the same seed: DMD by its equations, the judge row by row on whole pictures, do-nothing by its
     definition; one backward from the weighted sum. Every weight's gradient agrees to 1e-4 of the largest."""
-    settings = dict(dmd_norm=norm, guidance=guidance, identity=identity, judge_weight=0.3, nothing_weight=0.7, dmd_weight=0.9, gain_steps=100)
+    settings = dict(dmd_norm=norm, guidance=guidance, identity=identity, judge_weight=0.3, nothing_weight=0.7, dmd_weight=0.9, logit_gain_steps=100)
     split, whole = roles(**settings), roles(**settings)
     torch.manual_seed(0)
     split.student_backward(batch, TWO, step=50)
@@ -205,21 +210,21 @@ def loop(saved: Path, out: Path, **overrides) -> NPEditConfig:
 
 
 def measured(steps) -> list[dict]:
-    return [{k: v for k, v in s.metrics.items() if not k.startswith("cpu")} for s in steps]
+    return [{k: v for k, v in s.metrics.items() if not k.startswith(("cpu", "seconds"))} for s in steps]
 
 
 @pytest.mark.parametrize("rollouts", ("shared", "fresh"))
 def test_a_killed_run_resumes_to_the_same_bits(saved, tmp_path, rollouts):
-    """Stopped after its second update and started again, the run repeats that update (its checkpoint was not written yet), and ends in
+    """Stopped after its third update and started again, the run repeats that update (only the second was saved), and ends in
     the straight run's weights, averages, fake score and metrics, bit for bit."""
-    straight = list(train_npedit(loop(saved, tmp_path / "straight", fake_rollouts=rollouts)))
-    killed = loop(saved, tmp_path / "killed", fake_rollouts=rollouts)
+    straight = list(train_npedit(loop(saved, tmp_path / "straight", fake_rollouts=rollouts, steps=4, save_every=2)))
+    killed = loop(saved, tmp_path / "killed", fake_rollouts=rollouts, steps=4, save_every=2)
     run = train_npedit(killed)
-    first = [next(run), next(run)]
+    first = [next(run), next(run), next(run)]
     run.close()
     rest = list(train_npedit(killed))
-    assert [s.index for s in rest] == [2, 3] and measured(first) == measured(straight[:2]) and measured(rest) == measured(straight[1:])
-    for name in ("model/diffusion_pytorch_model", "checkpoint/model", "checkpoint/model.ema", "checkpoint/fake"):
+    assert [s.index for s in rest] == [3, 4] and measured(first) == measured(straight[:3]) and measured(rest) == measured(straight[2:])
+    for name in ("model/diffusion_pytorch_model", "checkpoint/student", "checkpoint/student.ema", "checkpoint/fake"):
         a, b = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("straight", "killed"))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
 
@@ -230,14 +235,14 @@ def test_the_loop_moves_student_and_fake_and_leaves_the_rest(saved, tmp_path):
     before = {name: (saved / name).joinpath(file).read_bytes() for name, file in (("teacher", "diffusion_pytorch_model.safetensors"), ("judge", "model.safetensors"))}
     steps = list(train_npedit(loop(saved, tmp_path / "run", steps=2)))
     assert [(s.index, s.total, s.skipped) for s in steps] == [(1, 2, False), (2, 2, False)]
-    assert {"gradient_dmd", "gradient_judge", "p_edit", "p_identity", "fake_loss", "gradient_norm", "cpu_student", "cpu_data"} <= set(steps[0].metrics)
+    assert {"gradient_dmd", "gradient_judge", "p_edit", "p_identity", "fake_loss", "gradient_norm", "cpu_student", "seconds_student", "cpu_data"} <= set(steps[0].metrics)
     assert not any(p.requires_grad for s in steps for p in s.pictures.values()) and set(steps[0].pictures) == {"reference", "output"}
     start = {name: load_file(saved / name / "diffusion_pytorch_model.safetensors") for name in ("teacher", "warm")}
-    for name, origin in (("model", "warm"), ("fake", "teacher")):
+    for name, origin in (("student", "warm"), ("fake", "teacher")):
         now = load_file(tmp_path / "run" / "checkpoint" / f"{name}.safetensors")
         assert not torch.equal(now["head.2.weight"], start[origin]["head.2.weight"]), name
     model = DiT.from_pretrained(tmp_path / "run" / "model")
-    average = load_file(tmp_path / "run" / "checkpoint" / "model.ema.safetensors")
+    average = load_file(tmp_path / "run" / "checkpoint" / "student.ema.safetensors")
     assert all(torch.equal(v, average[k]) for k, v in model.state_dict().items())
     assert all(before[name] == (saved / name / file).read_bytes() for name, file in (("teacher", "diffusion_pytorch_model.safetensors"), ("judge", "model.safetensors")))
 
@@ -254,7 +259,7 @@ RIVALS = {
     "sft": (SFTConfig, dict(student="warm"), ("loss", "loss")),
     "distill": (DistillConfig, dict(teacher="teacher"), ("fake_loss", "fake_loss")),
     "distill without fake updates": (DistillConfig, dict(teacher="teacher", fake_updates=0), ("skipped", "skipped")),
-    "warmup": (WarmupConfig, dict(teacher="teacher"), ("reading_loss", "loss")),  # reads first, then copies
+    "copy_warmup": (CopyWarmupConfig, dict(teacher="teacher"), ("reading_loss", "loss")),  # reads first, then copies
 }
 
 
@@ -263,8 +268,8 @@ def test_the_other_stages_run_and_save_a_model(saved, tmp_path, name):
     """Two updates each: finite losses, changed weights, a model that loads and predicts finite velocities."""
     config, settings, logged = RIVALS[name]
     settings = {k: str(saved / v) if isinstance(v, str) else v for k, v in settings.items()}
-    train = STAGES[name.split()[0]][1]
-    assert STAGES[name.split()[0]][0] is config
+    found, train = find(name.split()[0])
+    assert found is config
     steps = list(train(config.make("smoke", side=SIDE, batch=2, precision="no", out=str(tmp_path / "run"), **settings)))
     assert [s.index for s in steps] == [1, 2]
     for step, name in zip(steps, logged, strict=True):
@@ -280,18 +285,18 @@ def test_the_other_stages_run_and_save_a_model(saved, tmp_path, name):
 def test_paired_training_lowers_its_own_loss(saved, tmp_path):
     """Forty updates: the last ten losses are a tenth below the first ten."""
     config = SFTConfig.make("smoke", student=str(saved / "warm"), side=SIDE, steps=40, batch=8, lr=3e-3, precision="no", save_every=40, out=str(tmp_path / "run"))
-    losses = [step.metrics["loss"] for step in STAGES["sft"][1](config)]
+    losses = [step.metrics["loss"] for step in train_sft(config)]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
-@pytest.mark.parametrize("name", ("warmup", "sft", "distill"))
+@pytest.mark.parametrize("name", ("copy_warmup", "sft", "distill"))
 def test_the_other_stages_depend_on_their_seed_alone(saved, tmp_path, name):
     """Whatever the process drew before, the same seed gives the same weights, bit for bit, also when killed in the middle (for the
     warm-up: between reading and copying) and resumed; another seed gives others."""
     config, settings, _ = RIVALS[name]
     settings = {k: str(saved / v) for k, v in settings.items()}
     make = lambda out, **more: config.make("smoke", **{"side": SIDE, "batch": 2, "precision": "no", "out": str(tmp_path / out), **settings, **more})
-    train, results = STAGES[name][1], {}
+    train, results = find(name)[1], {}
     for noise, (out, seed, killed) in enumerate((("a", 0, False), ("b", 0, True), ("c", 1, False))):
         torch.manual_seed(100 + noise)
         if killed:
@@ -322,13 +327,13 @@ def test_the_main_job_leaves_metrics_and_pictures(saved, tmp_path, monkeypatch):
         assert strip.width > 600 and strip.height > 8 * 200
     config = json.loads((out / "config.json").read_text())
     assert config["student"] == str(saved / "warm") and config["steps"] == 2
-    assert (out / "model" / "config.json").is_file() and list((out / "tensorboard").iterdir())
+    assert (out / "model" / "config.json").is_file() and list((out / "vlmedit").glob("events*"))
 
 
 def test_an_emphasized_type_is_drawn_twice_as_often():
-    plain, more = shares(NPEditConfig()), shares(NPEditConfig(emphasis=("move",)))
+    plain, more = (shares(NPEditConfig.make(**given).data) for given in ({}, dict(emphasis="move")))
     assert more["move"] == 2 * plain["move"] > 0 and {k: v for k, v in more.items() if k != "move"} == {k: v for k, v in plain.items() if k != "move"}
     count = lambda kinds: sum(t == "move" for i in range(8) for t in unpaired_batch(64, 32, "emphasis", i, kinds=kinds).types)
     assert count(more) > 1.4 * count(plain) > 0
     with pytest.raises(ConfigError, match="emphasis.*'?fly'?.*known: add"):
-        NPEditConfig(emphasis=("fly",))
+        NPEditConfig.make(emphasis=("fly",))

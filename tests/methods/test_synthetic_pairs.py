@@ -5,16 +5,25 @@ import torch
 from helpers.tiny_models import SIDE, pictures, requests, tiny_dit, tiny_judge
 from safetensors.torch import load_file
 
-from vlmedit.config import ConfigError, SyntheticConfig
 from vlmedit.data import world as data
 from vlmedit.equations.judge_loss import judge_loss
+from vlmedit.errors import ConfigError
 from vlmedit.flow import few_step_times, flow_matching_loss, guide, sample
 from vlmedit.methods import synthetic_pairs as module
-from vlmedit.methods.synthetic_pairs import Pool, approved, from_bytes, make_pairs, teacher_calls, to_bytes, train_synthetic
+from vlmedit.methods.synthetic_pairs import (
+    Pool,
+    SyntheticPairsConfig,
+    approved,
+    from_bytes,
+    make_pairs,
+    teacher_calls,
+    to_bytes,
+    train_synthetic_pairs,
+)
 
 
-def configuration(**given) -> SyntheticConfig:
-    return SyntheticConfig.make("smoke", **{"side": SIDE, "precision": "no", **given})
+def configuration(**given) -> SyntheticPairsConfig:
+    return SyntheticPairsConfig.make("smoke", **{"side": SIDE, "precision": "no", **given})
 
 
 def test_the_pool_holds_the_newest_pairs():
@@ -24,7 +33,8 @@ def test_the_pool_holds_the_newest_pairs():
     for rows in ((0, 1, 2), (3, 4, 5), (6, 7, 8)):
         pool.add(-x[list(rows)], ids[list(rows)], x[list(rows)])
     assert len(pool) == 4 and sorted(pool.instruction[:, 0].tolist()) == [5, 6, 7, 8]
-    reference, instruction, target = pool.draw(200)
+    drawn = pool.draw(200)
+    reference, instruction, target = drawn.reference, drawn.instruction, drawn.target
     which = instruction[:, 0]
     assert set(which.tolist()) == {5, 6, 7, 8}
     torch.testing.assert_close(target, x[which], atol=1 / 255 + 1e-6, rtol=0)
@@ -38,7 +48,7 @@ def test_twins_come_from_one_noise_and_two_captions():
     nothing has its reference as the target."""
     teacher, batch = tiny_dit(1), requests("recolor", "move", "nothing")
     torch.manual_seed(0)
-    reference, target = make_pairs(teacher, batch, configuration(maker="twins", maker_steps=3))
+    reference, target = make_pairs(teacher, batch, configuration(pair_editor="twins", pair_editor_steps=3))
     torch.manual_seed(0)
     noise, empty = torch.randn_like(batch.reference), torch.zeros_like(batch.target_caption)
     flow = lambda text: lambda x, t: guide(teacher(x, t, text), teacher(x, t, empty), 2.0)
@@ -48,17 +58,17 @@ def test_twins_come_from_one_noise_and_two_captions():
     assert not torch.equal(reference[0], target[0]) and torch.equal(reference[1:], target[1:])
 
 
-@pytest.mark.parametrize("maker, calls", (("flowedit", 2 * 2 * 3), ("sdedit", 2 * 2 * 2), ("inversion", 2 * 2 * 5), ("twins", 2 * 2 * 4)))
-def test_makers_change_references_and_their_calls_are_counted(maker, calls):
+@pytest.mark.parametrize("editor, calls", (("flowedit", 2 * 2 * 3), ("sdedit", 2 * 2 * 2), ("inversion", 2 * 2 * 5), ("twins", 2 * 2 * 4)))
+def test_pair_editors_change_references_and_their_calls_are_counted(editor, calls):
     """Two candidates, two steps: network calls counted at the teacher's door, times pictures, equal `teacher_calls`; requests for nothing
     keep theirs."""
     teacher, seen = tiny_dit(1), []
     teacher.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    config, batch = configuration(maker=maker), requests("recolor", "nothing")
+    config, batch = configuration(pair_editor=editor), requests("recolor", "nothing")
     reference, target = make_pairs(teacher, batch, config)
     assert sum(seen) == teacher_calls(config) == calls
     assert torch.equal(reference[1], target[1]) and not torch.equal(reference[0], target[0]) and target.abs().max() <= 1
-    assert (maker == "twins") != torch.equal(reference, batch.reference)
+    assert (editor == "twins") != torch.equal(reference, batch.reference)
 
 
 def test_only_what_the_judge_likes_twice_is_kept():
@@ -83,17 +93,17 @@ def test_a_run_trains_on_its_own_pairs_and_no_target_of_the_world(folder, tmp_pa
     monkeypatch.setattr(data, "render", lambda scenes, side: rendered.append(len(scenes)) or original(scenes, side))
     asked = module.approved
     monkeypatch.setattr(module, "approved", lambda *args: kept.append(asked(*args)) or kept[-1])
-    made = lambda name: configuration(**places(folder), out=str(tmp_path / name), steps=3, candidates=6, threshold=0.42, settled=0.0)
-    steps = list(train_synthetic(made("straight")))
+    made = lambda name: configuration(**places(folder), out=str(tmp_path / name), steps=3, candidates=6, threshold=0.42, fulfilled_share=0.0)
+    steps = list(train_synthetic_pairs(made("straight")))
     assert [s.index for s in steps] == [1, 2, 3] and rendered == [6, 6, 6] and not any(s.skipped for s in steps)
     assert [s.metrics["kept"] for s in steps] == pytest.approx([k.float().mean().item() for k in kept])
     saved = load_file(tmp_path / "straight" / "pairs.safetensors")
     total = int(sum(k.sum() for k in kept))
     assert 0 < total < 18 and len(saved["target"]) == min(8, total) == steps[-1].metrics["pairs"]
-    run = train_synthetic(made("killed"))
+    run = train_synthetic_pairs(made("killed"))
     next(run), next(run)
     run.close()
-    list(train_synthetic(made("killed")))
+    list(train_synthetic_pairs(made("killed")))
     for name in ("model/diffusion_pytorch_model", "pairs", "checkpoint/pairs"):
         a, b = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("straight", "killed"))
         assert all(torch.equal(a[k], b[k]) for k in a), name
@@ -104,7 +114,7 @@ def test_a_run_trains_on_its_own_pairs_and_no_target_of_the_world(folder, tmp_pa
 
 def test_without_a_pair_nothing_is_learnt(folder, tmp_path):
     """A judge whom nothing pleases: no loss, no call of the student, the weights it started from, and an empty pool."""
-    steps = list(train_synthetic(configuration(**places(folder), out=str(tmp_path / "run"), threshold=0.99)))
+    steps = list(train_synthetic_pairs(configuration(**places(folder), out=str(tmp_path / "run"), threshold=0.99)))
     assert len(steps) == 2 and all(s.metrics["pairs"] == 0 == s.metrics["calls"] and "loss" not in s.metrics for s in steps)
     start = load_file(folder / "student" / "diffusion_pytorch_model.safetensors")
     model = load_file(tmp_path / "run" / "model" / "diffusion_pytorch_model.safetensors")
@@ -117,7 +127,8 @@ def test_it_lowers_its_own_loss(folder):
     student, pool, x = tiny_dit(0), Pool(4, SIDE), requests("recolor", "style", "background", "remove")
     pool.add(x.reference, x.instruction, pictures(4) * 0.3)
     torch.manual_seed(0)
-    reference, instruction, target = pool.draw(8)
+    drawn = pool.draw(8)
+    reference, instruction, target = drawn.reference, drawn.instruction, drawn.target
     t, eps = torch.rand(8), torch.randn_like(target)
     loss = lambda: flow_matching_loss(lambda y, time: student(y, time, instruction, reference), target, t, eps).mean()
     optimizer, first = torch.optim.Adam(student.parameters(), 2e-3), loss().item()
@@ -130,9 +141,9 @@ def test_it_lowers_its_own_loss(folder):
 
 def test_bad_settings_are_named():
     bad = {
-        "maker is 'magic'; known: twins, sdedit, inversion, flowedit": dict(maker="magic"),
+        "pair_editor is 'magic'; known: twins, sdedit, inversion, flowedit": dict(pair_editor="magic"),
         "threshold is 1.0; it is a probability": dict(threshold=1.0),
-        "maker_start is 0; it is a time": dict(maker_start=0),
+        "pair_editor_start is 0; it is a time": dict(pair_editor_start=0),
         "candidates is 0; it must be at least 1": dict(candidates=0),
         "capacity is 0; it must be at least 1": dict(capacity=0),
     }

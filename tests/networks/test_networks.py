@@ -6,11 +6,11 @@ from helpers.tiny_models import pictures, saved_elements, tiny_dit, tiny_judge
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
-from vlmedit.config import TeacherConfig
+from vlmedit.methods.teacher import TeacherConfig
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judge import JudgeModel
-from vlmedit.networks.text import encode
 from vlmedit.pipelines.card import KEYS, write_card
+from vlmedit.world.tokenizer import encode
 
 IDS = encode(["make the circle red", "remove the square"], 24)
 QUESTIONS = ["is there a circle ?", "was this done : change the color of the striped circle to red ?"]

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 import vlmedit
 from vlmedit import flow
 from vlmedit.data.world import held_out
-from vlmedit.networks.text import build_tokenizer, encode
+from vlmedit.errors import UnknownInstruction
 from vlmedit.pipelines import shapes as module
 from vlmedit.pipelines.shapes import EditPipeline, generators, to_pixels
 from vlmedit.pipelines.text_to_image import generate
 from vlmedit.world.edits import ALL_TYPES
-from vlmedit.world.language import UnknownInstruction, normalise, parse_instruction
+from vlmedit.world.language import normalise, parse_instruction
+from vlmedit.world.tokenizer import build_tokenizer, encode
 
 TEXTS = ["make the circle red", "remove the square"]
 

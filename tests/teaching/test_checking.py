@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.by_hand import ANSWERS
 
-from vlmedit.data.world import rng_for
+from vlmedit.seeds import rng_for
 from vlmedit.teaching import checking, exercises
 from vlmedit.teaching.checking import Exercise, WrongAnswer, check, difference
 from vlmedit.world.edits import EDIT_TYPES, apply_edit, sample_edit

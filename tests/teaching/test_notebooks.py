@@ -119,14 +119,16 @@ def test_every_name_in_the_prose_exists(path):
 
 def test_settings_of_the_papers_table_are_the_configs():
     """The column "here" of papers/npedit.md against the defaults it speaks of."""
-    from vlmedit.config import JudgeConfig, NPEditConfig, WarmupConfig
     from vlmedit.data.world import EDIT_SHARES
     from vlmedit.experiments.live import LIVE
+    from vlmedit.methods.copy_warmup import CopyWarmupConfig
+    from vlmedit.methods.judge import JudgeConfig
+    from vlmedit.methods.npedit import NPEditConfig
     from vlmedit.networks.dit import DiT
 
     page = (ROOT / "papers/npedit.md").read_text()
     here = {row[1].strip(" *"): row[4].strip() for line in page.splitlines() if len(row := line.split("|")) == 6}
-    c, w = NPEditConfig.make("laptop"), WarmupConfig.make("laptop")
+    c, w = NPEditConfig.make("laptop"), CopyWarmupConfig.make("laptop")
     dit = DiT.__init__.__wrapped__.__defaults__ if hasattr(DiT.__init__, "__wrapped__") else ()
     assert (32, 3, 4, 128, 6) == dit[:5] and "patch 4, width 128, depth 6" in here["base model"]
     g = lambda x: f"{x:g}".replace("0.", ".", 1) if 0 < x < 1 else f"{x:g}"

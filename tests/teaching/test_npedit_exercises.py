@@ -4,10 +4,9 @@ import pytest
 import torch
 from helpers.tiny_models import requests, tiny_dit, tiny_judge
 
-from vlmedit.config import NPEditConfig
 from vlmedit.equations.dmd import dmd_gradient, dmd_loss, dmd_scores, draw_dmd_time
 from vlmedit.equations.judge_loss import gain_ramp, judge_loss
-from vlmedit.methods.npedit import NPEdit, nothing_loss
+from vlmedit.methods.npedit import NPEdit, NPEditConfig, nothing_loss
 from vlmedit.teaching import exercises
 
 TIMES, STEP = (1.0, 0.5), 12

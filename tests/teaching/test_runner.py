@@ -6,7 +6,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from vlmedit.cli import join_parameters, main
+from vlmedit.cli import main
+from vlmedit.cli._main import join_parameters
 from vlmedit.teaching import runner as suite
 
 ROOT = Path(__file__).parents[2]

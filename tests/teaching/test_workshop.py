@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from vlmedit.io import InputError
+from vlmedit.errors import InputError
 from vlmedit.teaching import workshop
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ def books(archive, folder):
 
 def test_participants_get_everything_but_answers(zips):
     names = {n.removeprefix("vlmedit-workshop/") for n in zips[0].namelist()}
-    assert {"environment.yml", "requirements.lock", "pyproject.toml", "vlmedit/cli.py", "vlmedit/checkpoints/shapes/editor/config.json"} <= names
+    assert {"environment.yml", "requirements.lock", "pyproject.toml", "vlmedit/cli/__init__.py", "vlmedit/checkpoints/shapes/editor/config.json"} <= names
     assert not [n for n in names if n.startswith("solved/") or "__pycache__" in n or n == "teaching.md"]
     found = books(zips[0], "notebooks")
     assert len(found) == len(list((ROOT / "notebooks").glob("*.ipynb")))

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmedit.data.world import sample_example, target_of
-from vlmedit.world.edits import ALL_TYPES, EDIT_TYPES, Edit, ImpossibleEdit, apply_edit, check_edit, sample_edit, side_reached
+from vlmedit.errors import ImpossibleEdit
+from vlmedit.world.edits import ALL_TYPES, EDIT_TYPES, Edit, apply_edit, check_edit, sample_edit, side_reached
 from vlmedit.world.scene import BACKGROUNDS, COLORS, SHAPES, SIDES, STYLES, TEXTURES, Scene, Thing, sample_scene
 from vlmedit.world.verdict import edit_done, rest_kept
 

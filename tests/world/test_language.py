@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmedit.data.batches import TEXT_LENGTH
 from vlmedit.data.judge_lessons import lesson
-from vlmedit.data.world import TEXT_LENGTH, sample_example
-from vlmedit.networks.text import UNK, build_tokenizer, encode
+from vlmedit.data.world import sample_example
+from vlmedit.errors import UnknownInstruction
 from vlmedit.world import language
 from vlmedit.world.edits import ALL_TYPES, Edit, apply_edit
 from vlmedit.world.language import (
     SYNONYMS,
     TEMPLATES,
-    UnknownInstruction,
     caption,
     edit_question,
     grammar,
@@ -24,6 +24,7 @@ from vlmedit.world.language import (
     vocabulary,
 )
 from vlmedit.world.scene import BACKGROUNDS, COLORS, SHAPES, SIDES, STYLES, TEXTURES, Look, Scene, Thing, sample_scene
+from vlmedit.world.tokenizer import UNK, build_tokenizer, encode
 
 PER_TYPE = 600
 

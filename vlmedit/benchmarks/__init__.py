@@ -38,11 +38,12 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from vlmedit.data.layouts import json_rows, parquet_rows
+from vlmedit.data.tables import json_rows, parquet_rows
+from vlmedit.errors import InputError
 from vlmedit.evaluation.statistics import viescore
-from vlmedit.io import BROKEN, FORMATS, InputError, contact_sheet, save_json, save_picture, some, strip, to_rgb, to_view
-from vlmedit.networks.hub import reachable
-from vlmedit.networks.judges.text_vlm import Writer, identity_of, to_tensor
+from vlmedit.io import BROKEN, FORMATS, contact_sheet, save_json, save_picture, some, strip, to_rgb, to_tensor, to_view
+from vlmedit.networks.checks import reachable
+from vlmedit.networks.judges.text_vlm import Writer, identity_of
 
 SC = (
     "You are a strict judge of image editing. The second image is meant to be an edit of the first by this instruction: {instruction}\n"

@@ -18,21 +18,25 @@ from __future__ import annotations
 import io
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from vlmedit.config import TrainConfig
+from vlmedit.data.batches import UnpairedBatch
 from vlmedit.data.layouts import read_items
-from vlmedit.data.requests import QUESTIONS, Book, Request, batch_of
-from vlmedit.data.shards import Place, shard_rows
-from vlmedit.data.world import UnpairedBatch, rng_for
-from vlmedit.io import BROKEN, InputError, some, to_rgb
-from vlmedit.world.language import TEMPLATES, UnknownInstruction
+from vlmedit.data.requests import QUESTIONS, Prompts, Request, batch_of
+from vlmedit.data.shards import PictureSource, shard_rows
+from vlmedit.errors import InputError, UnknownInstruction
+from vlmedit.io import BROKEN, some, to_rgb, to_tensor
+from vlmedit.seeds import rng_for
+from vlmedit.world.language import TEMPLATES
 
 SAME = {  # names of edit types in other data, as ours
     "addition": "add", "insert": "add", "insertion": "add", "removal": "remove", "delete": "remove", "recolor": "color", "colour": "color",
@@ -46,7 +50,7 @@ SIDES = re.compile(r"\b(left|right|clockwise|east|west|text|letter|letters|word|
 class Row:
     """A line of the manifest."""
 
-    image: Place
+    image: PictureSource
     request: Request
 
 
@@ -96,12 +100,12 @@ def nothing_of(request: Request, rng: random.Random) -> Request:
     return replace(request, instruction=rng.choice(NOTHING), target_caption=request.reference_caption, type="nothing", thing=None)
 
 
-def book_of(rows: Sequence[Row], negative: str = "") -> Book:
-    """Every prompt that training on these rows may ask for, the negative prompt as number 0."""
+def texts_of(rows: Sequence[Row]) -> list[str]:
+    """Every prompt that training on these rows may ask for."""
     texts = dict.fromkeys(NOTHING)
     for row in rows:
         texts |= dict.fromkeys((row.request.instruction, row.request.target_caption, row.request.reference_caption))
-    return Book(negative, list(texts))
+    return list(texts)
 
 
 def nearest(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> int:
@@ -113,12 +117,12 @@ def nearest(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> int:
 MEND = "put a whole one in its place and repeat the command to resume, or remove its rows and begin a new out folder"
 
 
-def opened(place: Place) -> Image.Image:
+def opened(place: PictureSource) -> Image.Image:
     """The picture, its pixels not decoded yet."""
     return Image.open(place if isinstance(place, Path) else io.BytesIO(place.read()))
 
 
-def picture_size(path: Place) -> tuple[int, int]:
+def picture_size(path: PictureSource) -> tuple[int, int]:
     """Width and height, upright, from the header. Raises `InputError` for what is no picture."""
     try:
         with opened(path) as image:
@@ -128,7 +132,7 @@ def picture_size(path: Place) -> tuple[int, int]:
         raise InputError(f"{path}: not a picture ({error}); {MEND}") from None
 
 
-def load_fitted(path: Place, size: tuple[int, int]) -> Tensor:
+def load_fitted(path: PictureSource, size: tuple[int, int]) -> Tensor:
     """(3, H, W) in [-1, 1]: scaled to cover the bucket, what protrudes cut off evenly. Raises `InputError` for a damaged picture."""
     try:
         with opened(path) as image:
@@ -136,7 +140,7 @@ def load_fitted(path: Place, size: tuple[int, int]) -> Tensor:
     except BROKEN as error:
         raise InputError(f"{path}: the picture is damaged ({error}); {MEND}") from None
     fitted = ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
+    return to_tensor(fitted)
 
 
 class Order:
@@ -192,33 +196,57 @@ class Order:
         self.drawn, self.places, self.waiting = state["drawn"], dict(state["places"]), {k: list(v) for k, v in state["waiting"].items()}
 
 
-class Feed:
-    """Batches of one process. `parts` numbers the batches of an update: (number over all processes, batch)."""
+class ManifestData:
+    """The rows of a manifest as a trainer's data. `prompts` and `questions` turn words into ids."""
 
-    def __init__(self, rows: Sequence[Row], config, prompts: Book, questions: Book, rank: int = 0, world: int = 1, device=None):
-        self.rows, self.config, self.prompts, self.questions = rows, config, prompts, questions
-        self.rank, self.world, self.device = rank, world, device
+    def __init__(self, rows: Sequence[Row], config: TrainConfig, prompts: Prompts, questions: Prompts):
+        self.rows, self.config, self.settings, self.prompts, self.questions = rows, config, config.data, prompts, questions
         self._buckets: dict[int, int] = {}
-        self.order = Order([r.request.type for r in rows], self.bucket, config.batch, config.type_shares, config.seed)
+        self.order = Order([r.request.type for r in rows], self.bucket, config.batch, self.settings.type_shares, config.seed)
 
     def bucket(self, row: int) -> int:
         if row not in self._buckets:
-            self._buckets[row] = nearest(picture_size(self.rows[row].image), self.config.sizes)
+            self._buckets[row] = nearest(picture_size(self.rows[row].image), self.settings.sizes)
         return self._buckets[row]
 
-    def parts(self, *key) -> list[tuple[int, UnpairedBatch]]:
-        """This process's batches of the next update; `key` seeds what is random within them."""
-        plan = [self.order.next() for _ in range(self.config.accumulate * self.world)]
-        mine = range(self.rank, len(plan), self.world)
-        return [(number, self.load(*plan[number], rng_for("rows", self.config.seed, *key, number))) for number in mine]
+    def gives(self, kind: type) -> bool:
+        return kind is UnpairedBatch
+
+    def batches(self, kind: type, key: tuple, size: int, total: int, mine: Sequence[int]) -> Iterator[tuple[int, UnpairedBatch]]:
+        plan = [self.order.next() for _ in range(total)]
+        for number in mine:
+            yield number, self.load(*plan[number], rng_for("rows", self.config.seed, *key, number))
 
     def load(self, bucket: int, rows: Sequence[int], rng: random.Random) -> UnpairedBatch:
         """These rows at the size of their bucket, `nothing_share` of them as "do nothing", `flip` of them mirrored."""
-        requests, pictures = [], []
+        settings, requests, pictures = self.settings, [], []
         for row in (self.rows[i] for i in rows):
-            request = nothing_of(row.request, rng) if rng.random() < self.config.nothing_share else row.request
-            picture = load_fitted(row.image, self.config.sizes[bucket])
-            mirror = rng.random() < self.config.flip and not SIDES.search(f"{request.instruction} {request.target_caption}")
+            request = nothing_of(row.request, rng) if rng.random() < settings.nothing_share else row.request
+            picture = load_fitted(row.image, settings.sizes[bucket])
+            mirror = rng.random() < settings.flip and not SIDES.search(f"{request.instruction} {request.target_caption}")
             pictures.append(picture.flip(-1) if mirror else picture)
             requests.append(request)
-        return batch_of(requests, torch.stack(pictures), self.prompts, self.questions, self.config.questions).to(self.device)
+        return batch_of(requests, torch.stack(pictures), self.prompts, self.questions, settings.questions)
+
+    def labels(self, batch: UnpairedBatch) -> list[tuple[str, str]]:
+        return list(zip(batch.types, self.prompts.look_up(batch.instruction), strict=True))
+
+    def state_dict(self) -> dict:
+        return self.order.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.order.load_state_dict(state)
+
+
+class Feed(ManifestData):
+    """The batches of one process of a run on real models. `parts` numbers those of an update: (number over all processes, batch)."""
+
+    def __init__(self, rows: Sequence[Row], config, prompts: Prompts, questions: Prompts, rank: int = 0, world: int = 1, device=None):
+        super().__init__(rows, SimpleNamespace(batch=config.batch, seed=config.seed, data=config), prompts, questions)
+        self.total, self.device = config.accumulate * world, device
+        self.mine = range(rank, self.total, world)
+
+    def parts(self, *key) -> list[tuple[int, UnpairedBatch]]:
+        """This process's batches of the next update; `key` seeds what is random within them."""
+        drawn = self.batches(UnpairedBatch, key, self.config.batch, self.total, self.mine)
+        return [(number, batch.to(self.device)) for number, batch in drawn]

@@ -1,26 +1,22 @@
-"""Requests in words, as numbers: prompts, the judge's questions, and the batch that `NPEdit` takes.
-
-A real text encoder is larger than the student of the miniature, so every prompt is encoded once, before training, and a batch
-carries row numbers. Row 0 of a `Book` is the prompt of the unconditional score (empty, or a negative prompt): the miniature's
-all-padding caption, so `vlmedit.equations.dmd` guides real models unchanged.
+"""Requests in words, as ids: prompts, the judge's questions, and the batch that `NPEdit` takes.
 
 Questions: the released templates in our words, one pair for removals and one for everything else
 [npedit critic_models/prompts.py]; the judge of the world of shapes has been schooled on its own (`QUESTIONS`).
-Shapes: pictures (B, 3, H, W) in [-1, 1]; numbers (B, 1).
+Shapes: pictures (B, 3, H, W) in [-1, 1]; ids (B, L), as `vlmedit.protocols.Prompts` makes them.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vlmedit.data.world import Example, UnpairedBatch
-from vlmedit.world.edits import apply_edit
-from vlmedit.world.language import caption, edit_question, identity_question, normalise, parse_instruction
+from vlmedit.data.batches import UnpairedBatch
+from vlmedit.protocols import Prompts
+from vlmedit.world.language import edit_question, identity_question, normalise, parse_instruction
 
 ROLE = "You are a professional digital artist and an expert image editor."
 EDIT = (
@@ -30,6 +26,15 @@ EDIT = (
 EDIT_REMOVE = "Does the image contain {thing}? Answer Yes or No."
 IDENTITY = "Apart from what this instruction asks for, is the second image the same as the first in every respect: {instruction}? Answer Yes or No."
 IDENTITY_REMOVE = "Ignoring whether {thing} is there, is the second image exactly the same as the first, layout included? Answer Yes or No."
+
+
+class Asked(NamedTuple):
+    """The judge's two questions about a request. The identity question is about both pictures, its right answer yes."""
+
+    edit: str
+    answer: bool  # what is right to the edit question
+    pair: bool  # whether the edit question is about both pictures
+    identity: str
 
 
 @dataclass(frozen=True)
@@ -46,75 +51,46 @@ class Request:
         if self.type == "remove" and not self.thing:
             raise ValueError(f"the removal {self.instruction!r} names no thing; pass thing='a dog': the judge is asked whether it is still there")
 
-    def questions(self) -> tuple[str, bool, bool, str]:
-        """Edit question, its right answer, whether it is about both pictures, and the identity question."""
-        if self.type == "remove":
-            return f"{ROLE} {EDIT_REMOVE.format(thing=self.thing)}", False, False, f"{ROLE} {IDENTITY_REMOVE.format(thing=self.thing)}"
-        return f"{ROLE} {EDIT.format(instruction=self.instruction)}", True, True, f"{ROLE} {IDENTITY.format(instruction=self.instruction)}"
+    def questions(self) -> Asked:
+        """Both questions in the released wording."""
+        edit, identity = (EDIT_REMOVE, IDENTITY_REMOVE) if self.type == "remove" else (EDIT, IDENTITY)
+        words = {"thing": self.thing, "instruction": self.instruction}
+        pair = self.type != "remove"
+        return Asked(f"{ROLE} {edit.format(**words)}", pair, pair, f"{ROLE} {identity.format(**words)}")
 
 
-def shape_questions(request: Request) -> tuple[str, bool, bool, str]:
-    """As `Request.questions`, in the world's own words. Raises UnknownInstruction for an instruction that is not of its grammar."""
+def shape_questions(request: Request) -> Asked:
+    """As `Request.questions`, in the world's own words. Raises UnknownInstruction for an instruction that is not of its
+    grammar."""
     text = normalise(request.instruction)
     edit = parse_instruction(text)
     asked = edit_question(edit, text)
-    return asked.text, asked.answer, asked.pair, identity_question(edit, text).text
+    return Asked(asked.text, asked.answer, asked.pair, identity_question(edit, text).text)
 
 
-QUESTIONS: dict[str, Callable[[Request], tuple[str, bool, bool, str]]] = {"released": Request.questions, "shapes": shape_questions}
+QUESTIONS: dict[str, Callable[[Request], Asked]] = {"released": Request.questions, "shapes": shape_questions}
 
 
-def from_example(example: Example) -> Request:
-    """A request of the world of shapes in plain words."""
-    edit = example.edit
-    after = apply_edit(example.scene, edit, random.Random(0))
-    thing = f"a {edit.shape}" if not edit_question(edit, example.instruction).pair else None
-    return Request(example.instruction, caption(example.scene), caption(after), edit.type, thing)
-
-
-@dataclass
-class Book:
-    """Texts and their numbers. `empty` is number 0."""
-
-    empty: str = ""
-    texts: list[str] = field(default_factory=list)
-
-    def __post_init__(self):
-        self.texts = [self.empty, *(t for t in self.texts if t != self.empty)]
-        self._number = {t: i for i, t in enumerate(self.texts)}
-
-    def number(self, text: str) -> int:
-        """The text's number, a new one if it is new."""
-        if text not in self._number:
-            self._number[text] = len(self.texts)
-            self.texts.append(text)
-        return self._number[text]
-
-    def numbers(self, texts: Sequence[str]) -> Tensor:
-        """(B, 1), as a column of ids."""
-        return torch.tensor([[self.number(t)] for t in texts])
-
-    def look_up(self, ids: Tensor) -> list[str]:
-        """The texts of numbers of any shape."""
-        return [self.texts[i] for i in ids.flatten().tolist()]
-
-
-def batch_of(requests: Sequence[Request], reference: Tensor, prompts: Book, questions: Book, wording: str = "released") -> UnpairedBatch:
-    """These requests of these pictures. `prompts` grows by instructions and captions, `questions` by the judge's in a `wording` of `QUESTIONS`.
+def batch_of(requests: Sequence[Request], reference: Tensor, prompts: Prompts, questions: Prompts, wording: str = "released") -> UnpairedBatch:
+    """These requests of these pictures. A table among `prompts` grows by instructions and captions, one among `questions` by the judge's in a
+    `wording` of `QUESTIONS`.
     Raises ValueError unless there is one picture per request."""
     if len(requests) != len(reference):
         raise ValueError(f"{len(requests)} requests of {len(reference)} pictures; there must be one picture each")
     asked = [QUESTIONS[wording](r) for r in requests]
-    truth = lambda values: torch.tensor([float(v) for v in values], device=reference.device)
+
+    def truth(values: Iterable[bool]) -> Tensor:
+        return torch.tensor([float(v) for v in values], device=reference.device)
+
     return UnpairedBatch(
         reference=reference,
-        instruction=prompts.numbers([r.instruction for r in requests]),
-        reference_caption=prompts.numbers([r.reference_caption for r in requests]),
-        target_caption=prompts.numbers([r.target_caption for r in requests]),
-        edit_question=questions.numbers([q[0] for q in asked]),
-        edit_answer=truth(q[1] for q in asked),
-        edit_pair=truth(q[2] for q in asked),
-        identity_question=questions.numbers([q[3] for q in asked]),
+        instruction=prompts.ids([r.instruction for r in requests]),
+        reference_caption=prompts.ids([r.reference_caption for r in requests]),
+        target_caption=prompts.ids([r.target_caption for r in requests]),
+        edit_question=questions.ids([q.edit for q in asked]),
+        edit_answer=truth(q.answer for q in asked),
+        edit_pair=truth(q.pair for q in asked),
+        identity_question=questions.ids([q.identity for q in asked]),
         nothing=truth(r.type == "nothing" for r in requests),
         types=tuple(r.type for r in requests),
     )

@@ -28,8 +28,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from vlmedit.data.layouts import Item, parquet_library, whole_parquet
-from vlmedit.io import BROKEN, InputError, disk_errors, some, write_atomic
+from vlmedit.data.layouts import Item
+from vlmedit.data.tables import parquet_library, whole_parquet
+from vlmedit.errors import InputError
+from vlmedit.io import BROKEN, disk_errors, some, write_atomic
 
 SHARDS = ("tar", "parquet")
 WORDS = tuple(f.name for f in fields(Item) if f.name != "image")
@@ -58,7 +60,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Cell:
+class ParquetPicture:
     """A picture inside a parquet file."""
 
     path: Path
@@ -73,7 +75,7 @@ class Cell:
         return f"{self.name} in {self.path}"
 
 
-Place = Path | Slice | Cell
+PictureSource = Path | Slice | ParquetPicture
 
 
 @lru_cache(maxsize=2)
@@ -173,7 +175,7 @@ def _item(words: dict, name: str) -> Item:
     return Item(**{"image": name, **{k: words[k] for k in WORDS if words.get(k) is not None}})
 
 
-def _tar_rows(path: Path) -> list[tuple[Item, Place]]:
+def _tar_rows(path: Path) -> list[tuple[Item, PictureSource]]:
     pictures: dict[str, list[Slice]] = {}
     words: dict[str, dict] = {}
     problems, endings = [], Image.registered_extensions()
@@ -244,7 +246,7 @@ def _held(path: Path, file, group: int) -> list[bool]:
     return [content is not None for content in _contents(path, group, path.stat().st_mtime_ns)]
 
 
-def _parquet_rows(path: Path) -> list[tuple[Item, Place]]:
+def _parquet_rows(path: Path) -> list[tuple[Item, PictureSource]]:
     """Items of a parquet file and where their pictures are: within it, or at paths that start at its folder."""
     rows, problems, number = [], [], 0
     with whole_parquet(path) as file:
@@ -259,7 +261,7 @@ def _parquet_rows(path: Path) -> list[tuple[Item, Place]]:
                 number += 1
                 name = (row.get("image") or {}).get("path") if within else row["image"]
                 if within and held[i]:
-                    place = Cell(path, group, i, name or f"row {number}")
+                    place = ParquetPicture(path, group, i, name or f"row {number}")
                 elif name:
                     place = path.parent / name
                 else:
@@ -273,7 +275,7 @@ def _parquet_rows(path: Path) -> list[tuple[Item, Place]]:
     return rows
 
 
-def shard_rows(path: str | Path) -> list[tuple[Item, Place]]:
+def shard_rows(path: str | Path) -> list[tuple[Item, PictureSource]]:
     """The items of one shard, or of a folder of shards by name, and where their pictures are. Raises InputError for anything else, for a
     shard that is cut short or empty, and for shards that were written together and are not all there."""
     path = Path(path)

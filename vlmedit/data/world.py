@@ -1,33 +1,32 @@
-"""What each trainer may see, as batches of tensors.
-
-* `CaptionedBatch`: picture and caption, for the text-to-image teacher.
-* `UnpairedBatch`: the no-pair path. A reference, an instruction, a target *caption*, and two questions: no field could
-  hold a target image, and a test says so.
-* `PairedBatch`: reference, instruction and exact target, for the paired rivals alone.
+"""The world's drawing: scenes, edits and their words, as the batches that each trainer may see (`data.batches`).
 
 Everything is drawn from (seed, step, rank) anew, so a training run has no data position to lose and resumes exactly.
+Shapes: pictures (B, 3, S, S) in [-1, 1]; texts (B, L) ids.
 """
 
 from __future__ import annotations
 
 import io
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmedit.networks.text import encode
-from vlmedit.world.edits import ALL_TYPES, Edit, ImpossibleEdit, apply_edit, sample_edit
-from vlmedit.world.language import Question, caption, edit_question, identity_question, instruct
+from vlmedit.config import TrainConfig, WorldConfig
+from vlmedit.data.batches import TEXT_LENGTH, Batch, CaptionedBatch, PairedBatch, ReadingBatch, UnpairedBatch
+from vlmedit.data.requests import Request, batch_of
+from vlmedit.errors import ImpossibleEdit
+from vlmedit.io import to_image, to_tensor
+from vlmedit.seeds import rng_for
+from vlmedit.world.edits import ALL_TYPES, Edit, apply_edit, sample_edit
+from vlmedit.world.language import caption, edit_question, instruct
 from vlmedit.world.render import render
 from vlmedit.world.scene import BACKGROUNDS, COLORS, SHAPES, SIDES, STYLES, TEXTURES, Scene, sample_scene
+from vlmedit.world.tokenizer import Words, encode
 
-GROUND_CLASSES = (len(SHAPES) + 1, len(COLORS) + 1, len(TEXTURES) + 1)  # of a patch, each with "nothing"
-TEXT_LENGTH = 24  # words of a caption, an instruction or a question, padded
 HELD_OUT = "held-out"  # prefix of every evaluation stream's seed; no trainer uses it
 
 # Share of each edit type in training. As in the released recipe, removals are drawn most often, and doing nothing 1 %.
@@ -41,45 +40,6 @@ EDIT_SHARES = {
 TASKS = {"edit": EDIT_SHARES, "customise": {"customise": 0.99, "nothing": 0.01}, "both": {**EDIT_SHARES, "customise": 0.2}}
 
 
-class Batch:
-    """Tensors move with `.to(device)`; other fields stay."""
-
-    def to(self, device):
-        return type(self)(**{f.name: v.to(device) if isinstance(v := getattr(self, f.name), Tensor) else v for f in fields(self)})
-
-    def __len__(self) -> int:
-        return len(getattr(self, fields(self)[0].name))
-
-
-@dataclass(frozen=True)
-class CaptionedBatch(Batch):
-    image: Tensor  # (B, 3, S, S) in [-1, 1]
-    caption: Tensor  # (B, L) ids
-    ground: Tensor  # (B, (S / 4)^2, 3): what each patch shows, see `ground`
-
-
-@dataclass(frozen=True)
-class UnpairedBatch(Batch):
-    reference: Tensor  # (B, 3, S, S) in [-1, 1]
-    instruction: Tensor  # (B, L) ids
-    reference_caption: Tensor  # (B, L) ids: what the reference shows
-    target_caption: Tensor  # (B, L) ids: what the edited picture would show
-    edit_question: Tensor  # (B, L) ids
-    edit_answer: Tensor  # (B,) 1 where "yes" is right
-    edit_pair: Tensor  # (B,) 1 where the question is about both pictures
-    identity_question: Tensor  # (B, L) ids
-    nothing: Tensor  # (B,) 1 where the instruction asks for no change
-    types: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class PairedBatch(Batch):
-    reference: Tensor
-    instruction: Tensor
-    target: Tensor  # (B, 3, S, S): what the no-pair trainer never sees
-    types: tuple[str, ...]
-
-
 @dataclass(frozen=True)
 class Example:
     """A request: a scene, an edit of it, and the edit in words."""
@@ -89,22 +49,11 @@ class Example:
     instruction: str
 
 
-def rng_for(*parts) -> random.Random:
-    """A generator that depends on nothing but its parts."""
-    return random.Random("/".join(str(p) for p in parts))
-
-
-def seed_torch(*parts) -> None:
-    """Seed torch's global generator from the parts."""
-    torch.manual_seed(rng_for(*parts).getrandbits(62))
-
-
 def jpeg(image: Tensor, quality: int) -> Tensor:
     """One picture (3, S, S) in [-1, 1] through a JPEG encoder."""
-    pixels = ((image.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=0)
-    return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1).float() / 127.5 - 1
+    to_image(image).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return to_tensor(Image.open(buffer))
 
 
 def sample_example(rng: random.Random, kinds: Sequence[str] | dict[str, float]) -> Example:
@@ -136,14 +85,16 @@ def target_of(example: Example, rng: random.Random) -> Scene:
 
 
 def ground(scenes: list[Scene], grid: int) -> Tensor:
-    """What each patch shows: (B, grid * grid, 3) indices of shape, color and texture, counted from 1; 0 is background."""
+    """What each patch shows: (B, grid * grid, 3) indices of shape, color and texture, counted from 1; 0 is
+    background."""
     labels = torch.zeros(len(scenes), grid, grid, 3, dtype=torch.long)
     center = (torch.arange(grid) + 0.5) / grid
     for b, scene in enumerate(scenes):
         for t in scene.things:
             reach = t.size + 0.25 / grid
             inside = ((center - t.y).abs() <= reach)[:, None] & ((center - t.x).abs() <= reach)[None]
-            labels[b, inside] = torch.tensor((SHAPES.index(t.shape) + 1, tuple(COLORS).index(t.color) + 1, TEXTURES.index(t.texture) + 1))
+            shown = SHAPES.index(t.shape) + 1, tuple(COLORS).index(t.color) + 1, TEXTURES.index(t.texture) + 1
+            labels[b, inside] = torch.tensor(shown)
     return labels.flatten(1, 2)
 
 
@@ -163,45 +114,50 @@ def references(examples: Sequence[Example], side: int, rng: random.Random, jpeg_
     return images
 
 
-SETTLED_TYPES = ("recolor", "texture", "background", "move", "style")  # can be asked for when it is so already
+FULFILLABLE_TYPES = ("recolor", "texture", "background", "move", "style")  # can be asked for when it is so already
 
 
-def settle(example: Example, rng: random.Random) -> Example:
+def as_fulfilled(example: Example, rng: random.Random) -> Example:
     """The same request of a picture that fulfils it already, so that nothing is to be done."""
     scene = apply_edit(example.scene, example.edit, rng)
     return Example(scene, Edit("nothing"), instruct(example.edit, scene, rng))
 
 
-def unpaired_batch(batch: int, side: int, *seed, kinds=None, pool: int | None = None, settled: float = 0.0) -> UnpairedBatch:
-    """Requests without targets. `pool` limits the data to that many distinct examples, drawn with replacement (for data studies); the first
-    part of the seed, a run's own, says which. `settled` is the share that asks for what is so already, and is then a "do nothing" in the words of a real request."""
-    rng = rng_for("unpaired", *seed)
+def draw_examples(batch: int, rng: random.Random, *seed, kinds=None, request_limit: int | None = None, fulfilled_share: float = 0.0) -> list[Example]:
+    """The requests of one batch. `request_limit` limits the data to that many distinct examples, drawn with replacement (for data
+    studies); the first part of the seed, a run's own, says which. `fulfilled_share` is the share that asks for what is so already,
+    and is then a "do nothing" in the words of a real request."""
     kinds = kinds or EDIT_SHARES
-    if pool is None:
+    if request_limit is None:
         examples = [sample_example(rng, kinds) for _ in range(batch)]
     else:
-        examples = [sample_example(rng_for("pool", *seed[:1], rng.randrange(pool)), kinds) for _ in range(batch)]
-    examples = [settle(e, rng) if settled and e.edit.type in SETTLED_TYPES and rng.random() < settled else e for e in examples]
-    return batch_of(examples, references(examples, side, rng))
+        examples = [sample_example(rng_for("pool", *seed[:1], rng.randrange(request_limit)), kinds) for _ in range(batch)]
+    found = []
+    for e in examples:
+        fulfilled = fulfilled_share and e.edit.type in FULFILLABLE_TYPES and rng.random() < fulfilled_share
+        found.append(as_fulfilled(e, rng) if fulfilled else e)
+    return found
 
 
-def batch_of(examples: Sequence[Example], reference: Tensor) -> UnpairedBatch:
-    """These requests, of these pictures, as the no-pair trainer sees them."""
-    edit_qs: list[Question] = [edit_question(e.edit, e.instruction) for e in examples]
-    identity_qs = [identity_question(e.edit, e.instruction) for e in examples]
-    ids = lambda texts: encode(list(texts), TEXT_LENGTH)
-    return UnpairedBatch(
-        reference=reference,
-        instruction=ids(e.instruction for e in examples),
-        reference_caption=ids(caption(e.scene) for e in examples),
-        target_caption=ids(caption(apply_edit(e.scene, e.edit, random.Random(0))) for e in examples),
-        edit_question=ids(q.text for q in edit_qs),
-        edit_answer=torch.tensor([float(q.answer) for q in edit_qs]),
-        edit_pair=torch.tensor([float(q.pair) for q in edit_qs]),
-        identity_question=ids(q.text for q in identity_qs),
-        nothing=torch.tensor([float(e.edit.type == "nothing") for e in examples]),
-        types=tuple(e.edit.type for e in examples),
-    )
+def unpaired_batch(batch: int, side: int, *seed, **which) -> UnpairedBatch:
+    """Requests without targets; `which` of them is said as to `draw_examples`: `kinds`, `request_limit`, `fulfilled_share`."""
+    rng = rng_for("unpaired", *seed)
+    examples = draw_examples(batch, rng, *seed, **which)
+    return batch_of_examples(examples, references(examples, side, rng))
+
+
+def from_example(example: Example) -> Request:
+    """A request of the world of shapes in plain words."""
+    edit = example.edit
+    after = apply_edit(example.scene, edit, random.Random(0))
+    thing = f"a {edit.shape}" if not edit_question(edit, example.instruction).pair else None
+    return Request(example.instruction, caption(example.scene), caption(after), edit.type, thing)
+
+
+def batch_of_examples(examples: Sequence[Example], reference: Tensor) -> UnpairedBatch:
+    """These requests, of these pictures, as the no-pair trainer sees them: texts are words of the world."""
+    words = Words(TEXT_LENGTH)
+    return batch_of([from_example(e) for e in examples], reference, words, words, "shapes")
 
 
 SLOTS = {
@@ -210,13 +166,16 @@ SLOTS = {
 }  # fmt: skip
 
 
-def reading_batch(batch: int, *seed) -> tuple[Tensor, Tensor]:
-    """Instructions (B, L) ids and what they ask for: (B, slots) indices from 1, 0 where a slot is not named. No pictures."""
+def reading_batch(batch: int, *seed) -> ReadingBatch:
+    """Instructions and what they ask for. No pictures."""
     rng = rng_for("reading", *seed)
     examples = [sample_example(rng, ALL_TYPES) for _ in range(batch)]
-    index = lambda words, word: 0 if word is None else words.index(word) + 1
-    labels = [[index(words, getattr(e.edit, slot)) for slot, words in SLOTS.items()] for e in examples]
-    return encode([e.instruction for e in examples], TEXT_LENGTH), torch.tensor(labels)
+    labels = [[_number(words, getattr(e.edit, slot)) for slot, words in SLOTS.items()] for e in examples]
+    return ReadingBatch(encode([e.instruction for e in examples], TEXT_LENGTH), torch.tensor(labels))
+
+
+def _number(words: Sequence[str], word: str | None) -> int:
+    return 0 if word is None else words.index(word) + 1
 
 
 def paired_batch(batch: int, side: int, *seed, kinds=None) -> PairedBatch:
@@ -225,10 +184,55 @@ def paired_batch(batch: int, side: int, *seed, kinds=None) -> PairedBatch:
     examples = [sample_example(rng, kinds or EDIT_SHARES) for _ in range(batch)]
     reference = references(examples, side, rng)
     target = render([target_of(e, rng_for("target", *seed, i)) for i, e in enumerate(examples)], side)
-    return PairedBatch(reference, encode([e.instruction for e in examples], TEXT_LENGTH), target, tuple(e.edit.type for e in examples))
+    instruction = encode([e.instruction for e in examples], TEXT_LENGTH)
+    return PairedBatch(reference, instruction, target, tuple(e.edit.type for e in examples))
 
 
 def held_out(n: int, seed: int, kinds: Sequence[str]) -> list[Example]:
     """The evaluation set: `n` requests, edit types in turn, from a stream no trainer draws from."""
     rng = rng_for(HELD_OUT, seed)
     return [sample_example(rng, (kinds[i % len(kinds)],)) for i in range(n)]
+
+
+def shares(world: WorldConfig) -> dict[str, float]:
+    """How often each edit type is drawn, relative to the others."""
+    return {kind: share * (2 if kind in world.emphasis else 1) for kind, share in TASKS[world.task].items()}
+
+
+def request_settings(world: WorldConfig) -> dict:
+    """Which requests a run draws, as `draw_examples` takes it."""
+    return {"kinds": shares(world), "request_limit": world.request_limit, "fulfilled_share": world.fulfilled_share}
+
+
+Draw = Callable[..., Batch]  # (samples, *seed) -> a batch
+
+
+class WorldData:
+    """The world as a trainer's data. `draws` adds kinds of batches that live elsewhere, or draws one in another way."""
+
+    def __init__(self, config: TrainConfig, draws: dict[type, Draw] | None = None):
+        self.seed, world = config.seed, config.data
+        self.draws: dict[type, Draw] = {
+            CaptionedBatch: lambda size, *key: captioned_batch(size, world.side, *key),
+            PairedBatch: lambda size, *key: paired_batch(size, world.side, *key),
+            ReadingBatch: reading_batch,
+            UnpairedBatch: lambda size, *key: unpaired_batch(size, world.side, *key, **request_settings(world)),
+            **(draws or {}),
+        }
+
+    def gives(self, kind: type) -> bool:
+        return kind in self.draws
+
+    def batches(self, kind: type, key: tuple, size: int, total: int, mine: Sequence[int]) -> Iterator[tuple[int, Batch]]:
+        index, *more = key
+        for number in mine:
+            yield number, self.draws[kind](size, self.seed, index, number, *more)
+
+    def labels(self, batch: UnpairedBatch) -> list[tuple[str, str]]:
+        return list(zip(batch.types, Words(TEXT_LENGTH).look_up(batch.instruction), strict=True))
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass

@@ -26,25 +26,34 @@ def dmd_gradient(x: Tensor, x0_real: Tensor, x0_fake: Tensor, norm: str = "sampl
         raise ValueError(f"unknown normalizer {norm!r}; known: {', '.join(NORMS)}")
     x, x0_real, x0_fake = x.detach(), x0_real.detach(), x0_fake.detach()
     axes = tuple(range(1, x.ndim)) if norm == "sample" else (1,)
-    scale = (x - x0_real).abs().mean(axes, keepdim=True).clamp(min=eps)
-    return torch.nan_to_num((x0_fake - x0_real) / scale)
+    scale = (x - x0_real).abs().mean(axes, keepdim=True).clamp(min=eps)  # Eq. 8
+    return torch.nan_to_num((x0_fake - x0_real) / scale)  # Eq. E8, 7
 
 
 def dmd_loss(x: Tensor, gradient: Tensor) -> Tensor:
     """Surrogate 0.5 ||x - sg(x - gradient)||^2 / numel, whose derivative is gradient / numel; its value means nothing."""
-    return 0.5 * (x - (x - gradient).detach()).square().mean()
+    return 0.5 * (x - (x - gradient).detach()).square().mean()  # Eq. E9
 
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # velocity(x_t, t, text)
 
 
+def guided_velocity(teacher: Denoiser, x_t: Tensor, t: Tensor, text: Tensor, guidance: float | Tensor) -> Tensor:
+    """The teacher's velocity, guided against the empty caption: by one scale, 1 asks for no unconditional score, or by a
+    scale per row (B,), which always asks for it, so that processes that share weights call them equally often."""
+    v = teacher(x_t, t, text)
+    if isinstance(guidance, Tensor) or guidance != 1:
+        v = guide(v, teacher(x_t, t, torch.zeros_like(text)), guidance)  # Eq. E3
+    return v
+
+
 @torch.no_grad()  # both scores are constants of the student's loss
-def dmd_scores(x: Tensor, text: Tensor, teacher: Denoiser, fake: Denoiser, guidance: float, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """x0_real (guided against the empty caption) and x0_fake at level t of pictures x with target caption ids `text`."""
+def dmd_scores(
+    x: Tensor, text: Tensor, teacher: Denoiser, fake: Denoiser, guidance: float | Tensor, t: Tensor, eps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x0_real (guided) and x0_fake at level t of pictures x with target caption ids `text`."""
     x_t = interpolate(x.detach(), eps, t)
-    v_real = teacher(x_t, t, text)
-    if guidance != 1:
-        v_real = guide(v_real, teacher(x_t, t, torch.zeros_like(text)), guidance)
+    v_real = guided_velocity(teacher, x_t, t, text, guidance)
     return to_x0(x_t, v_real, t), to_x0(x_t, fake(x_t, t, text), t)
 
 
@@ -55,4 +64,4 @@ def draw_dmd_time(batch: int, low: float = 0.02, high: float = 0.98, device=None
 
 def fake_score_loss(fake: Denoiser, samples: Tensor, text: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """Flow matching on the student's own (detached) samples with the target caption."""
-    return flow_matching_loss(lambda x, time: fake(x, time, text), samples.detach(), t, eps).mean()
+    return flow_matching_loss(lambda x, time: fake(x, time, text), samples.detach(), t, eps).mean()  # Eq. E10

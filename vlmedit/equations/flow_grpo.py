@@ -41,14 +41,14 @@ Policy = Callable[[Tensor, Tensor, float, float, float], tuple[Tensor, float]]  
 def euler_policy(x: Tensor, v: Tensor, t: float, s: float, noise_level: float) -> tuple[Tensor, float]:
     """Mean and standard deviation of x at time s after one Euler-Maruyama step from x at time t."""
     sigma = noise_level * math.sqrt(t / (1 - t if t < 1 else 1 - s))
-    drift = v + sigma**2 / (2 * t) * to_eps(x, v, t)  # to_eps is x + (1 - t) v
+    drift = v + sigma**2 / (2 * t) * to_eps(x, v, t)  # Eq. SDE, where to_eps is x + (1 - t) v
     return x + drift * (s - t), sigma * math.sqrt(t - s)
 
 
 def exponential_policy(x: Tensor, v: Tensor, t: float, s: float, noise_level: float) -> tuple[Tensor, float]:
     """The same for the exact solution with x0 = x - t v held fixed: eps decays by kappa = exp(-int_s^t sigma^2 / (2 u^2) du),
     which is (s / (1 - s) * (1 - t) / t)^(a^2 / 2)."""
-    kappa = (s / (1 - s) * (1 - t) / t) ** (noise_level**2 / 2)
+    kappa = (s / (1 - s) * (1 - t) / t) ** (noise_level**2 / 2)  # Eq. SDE, solved exactly
     return (1 - s) * to_x0(x, v, t) + s * kappa * to_eps(x, v, t), s * math.sqrt(1 - kappa**2)
 
 
@@ -63,7 +63,7 @@ def log_probability(sample: Tensor, mean: Tensor, std: float) -> Tensor:
 
 def policy_kl(mean: Tensor, reference_mean: Tensor, std: float) -> Tensor:
     """KL divergence of two Gaussians of the same `std`, the mean over the elements of each sample, (B,)."""
-    return ((mean - reference_mean) / std).square().flatten(1).mean(1) / 2
+    return ((mean - reference_mean) / std).square().flatten(1).mean(1) / 2  # Eq. KL
 
 
 def group_advantage(rewards: Tensor, group: int, clip: float = 5.0, spread: str = "group") -> Tensor:
@@ -75,14 +75,14 @@ def group_advantage(rewards: Tensor, group: int, clip: float = 5.0, spread: str 
         raise ValueError(f"unknown spread {spread!r}; known: group, batch")
     rows = rewards.detach().view(-1, group)
     std = rows.std(1, correction=0, keepdim=True) if spread == "group" else rewards.detach().std(correction=0)
-    return ((rows - rows.mean(1, keepdim=True)) / (std + 1e-4)).clamp(-clip, clip).flatten()
+    return ((rows - rows.mean(1, keepdim=True)) / (std + 1e-4)).clamp(-clip, clip).flatten()  # Eq. advantage
 
 
 def clipped_objective(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """The loss to be minimised, per sample: max(-A rho, -A clip(rho, 1 - e, 1 + e)), (B,). No gain is to be had from moving the
     ratio further than `clip` in the direction that the advantage asks for."""
     ratio = (log_prob - old_log_prob.detach()).exp()
-    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))  # Eq. objective
 
 
 @dataclass(frozen=True)

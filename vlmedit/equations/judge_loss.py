@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmedit.data.world import UnpairedBatch
+from vlmedit.data.batches import UnpairedBatch
 from vlmedit.networks.judge import JudgeModel
 
 ANSWER_LOSSES = ("two_logits", "vocabulary")
@@ -21,7 +21,7 @@ ANSWER_LOSSES = ("two_logits", "vocabulary")
 
 def yes_no_loss(margin: Tensor, answer: Tensor, gain: float = 1.0) -> Tensor:
     """-log p(answer) per row from the yes-no margin; answer 1 is yes, 0 is no."""
-    return F.softplus(-gain * margin * (2 * answer - 1))
+    return F.softplus(-gain * margin * (2 * answer - 1))  # Eq. E6, 4
 
 
 def vocabulary_loss(logits: Tensor, answer: Tensor, yes: int, no: int, gain: float = 1.0) -> Tensor:
@@ -31,7 +31,7 @@ def vocabulary_loss(logits: Tensor, answer: Tensor, yes: int, no: int, gain: flo
 
 def gain_ramp(step: int, ramp_steps: int) -> float:
     """min(1, 0.1 + 0.9 step / ramp_steps) [npedit critic.py]."""
-    return min(1.0, 0.1 + 0.9 * step / ramp_steps) if ramp_steps else 1.0
+    return min(1.0, 0.1 + 0.9 * step / ramp_steps) if ramp_steps else 1.0  # Eq. E7
 
 
 def clamp_through(pictures: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmedit.equations.dmd import dmd_gradient, dmd_loss, dmd_scores
-from vlmedit.flow import guide, interpolate, to_x0
+from vlmedit.equations.dmd import dmd_gradient, dmd_loss, dmd_scores, guided_velocity
+from vlmedit.flow import interpolate, to_x0
 
 SID_ALPHA = 1.0  # the paper's own range is .5 to 1.2
 HUBER = 0.02  # k, in root-mean-square pixels
@@ -42,7 +42,7 @@ FEATURE_TIME = 0.1  # level at which the teacher reads a picture's features
 
 
 @dataclass(frozen=True)
-class Setting:
+class MatchingContext:
     """What an objective may look at besides the student's pictures."""
 
     teacher: nn.Module
@@ -50,18 +50,16 @@ class Setting:
     text: Tensor  # (B, L) ids of the captions that the pictures should fulfil
     t: Tensor  # (B,)
     eps: Tensor  # like the pictures
-    guidance: float = 1.0  # of the teacher
+    guidance: float | Tensor = 1.0  # of the teacher; one scale, or (B,) one per row
     norm: str = "sample"  # DMD's normalizer
     real: Tensor | None = None  # references: real pictures
     real_text: Tensor | None = None  # their captions
 
 
-def estimates(x: Tensor, s: Setting) -> tuple[Tensor, Tensor]:
+def estimates(x: Tensor, s: MatchingContext) -> tuple[Tensor, Tensor]:
     """mu_r (guided) and mu_f of the noised pictures, with a graph back to x."""
     x_t = interpolate(x, s.eps, s.t)
-    v = s.teacher(x_t, s.t, s.text)
-    if s.guidance != 1:
-        v = guide(v, s.teacher(x_t, s.t, torch.zeros_like(s.text)), s.guidance)
+    v = guided_velocity(s.teacher, x_t, s.t, s.text, s.guidance)
     return to_x0(x_t, v, s.t), to_x0(x_t, s.fake(x_t, s.t, s.text), s.t)
 
 
@@ -70,7 +68,7 @@ def per_sample(values: Tensor) -> Tensor:
     return values.mean(tuple(range(1, values.ndim)), keepdim=True)
 
 
-def dmd(x: Tensor, s: Setting) -> Tensor:
+def dmd(x: Tensor, s: MatchingContext) -> Tensor:
     real, fake = dmd_scores(x, s.text, s.teacher, s.fake, s.guidance, s.t, s.eps)
     return dmd_loss(x, dmd_gradient(x, real, fake, s.norm))
 
@@ -79,20 +77,20 @@ def sid_loss(x: Tensor, real: Tensor, fake: Tensor, alpha: float = SID_ALPHA, no
     """Both estimates keep their graphs; the normalizer is a constant."""
     gap = real - fake
     scale = per_sample((x - real).abs()).clamp(min=1e-6).detach() if normalized else 1.0
-    return (gap * ((real - x) - alpha * gap) / scale).mean()
+    return (gap * ((real - x) - alpha * gap) / scale).mean()  # Eq. SiD [arXiv:2404.04057]
 
 
-def sid(x: Tensor, s: Setting) -> Tensor:
+def sid(x: Tensor, s: MatchingContext) -> Tensor:
     return sid_loss(x, *estimates(x, s))
 
 
 def pseudo_huber_loss(x: Tensor, real: Tensor, fake: Tensor, k: float = HUBER) -> Tensor:
     """-d'(D)^T (mu_f - x) with d(D) = sqrt(mean D^2 + k^2) - k; everything keeps its graph."""
     gap = fake - real
-    return (gap * (x - fake) / (per_sample(gap.square()) + k * k).sqrt()).mean()
+    return (gap * (x - fake) / (per_sample(gap.square()) + k * k).sqrt()).mean()  # Eq. pseudo-Huber [arXiv:2410.20898]
 
 
-def pseudo_huber(x: Tensor, s: Setting) -> Tensor:
+def pseudo_huber(x: Tensor, s: MatchingContext) -> Tensor:
     return pseudo_huber_loss(x, *estimates(x, s))
 
 
@@ -117,15 +115,15 @@ def ratio_loss(fake: nn.Module, samples: Tensor, text: Tensor, real: Tensor, rea
     """Cross-entropy of telling references from student pictures at level t; least where the logit is the true log r."""
     of_real, _ = log_ratio(fake, interpolate(real, eps, t), t, real_text)
     of_fake, _ = log_ratio(fake, interpolate(samples.detach(), eps, t), t, text)
-    return F.softplus(-of_real).mean() + F.softplus(of_fake).mean()
+    return F.softplus(-of_real).mean() + F.softplus(of_fake).mean()  # Eq. discriminator [arXiv:2405.14867]
 
 
 def js_weight(log_r: Tensor) -> Tensor:
     """f''(r) r^2 of f(r) = r log r - (r + 1) log((r + 1) / 2), which is r / (1 + r)."""
-    return log_r.sigmoid()
+    return log_r.sigmoid()  # Eq. f-JS [arXiv:2502.15681]
 
 
-def f_js(x: Tensor, s: Setting) -> Tensor:
+def f_js(x: Tensor, s: MatchingContext) -> Tensor:
     real, fake = dmd_scores(x, s.text, s.teacher, s.fake, s.guidance, s.t, s.eps)
     with torch.no_grad():  # the weight is a constant of the student's loss
         weight = js_weight(log_ratio(s.fake, interpolate(x.detach(), s.eps, s.t), s.t, s.text)[0])
@@ -133,10 +131,10 @@ def f_js(x: Tensor, s: Setting) -> Tensor:
     return dmd_loss(x, weight.view(-1, *[1] * (x.ndim - 1)) * dmd_gradient(x, real, fake, s.norm))
 
 
-def gan_loss(x: Tensor, s: Setting) -> Tensor:
+def gan_loss(x: Tensor, s: MatchingContext) -> Tensor:
     """The generator's non-saturating loss, -log D of the noised pictures with D = sigmoid(log r); the discriminator is the fake's head,
     trained by `ratio_loss`. DMD2 [arXiv:2405.14867]."""
-    return F.softplus(-log_ratio(s.fake, interpolate(x, s.eps, s.t), s.t, s.text)[0]).mean()
+    return F.softplus(-log_ratio(s.fake, interpolate(x, s.eps, s.t), s.t, s.text)[0]).mean()  # Eq. GAN [arXiv:2405.14867]
 
 
 # the mean discrepancy
@@ -154,11 +152,11 @@ def kernel(distances: Tensor, widths=WIDTHS) -> Tensor:
 
 def mmd_squared(xx: Tensor, xy: Tensor, yy: Tensor) -> Tensor:
     """Unbiased squared MMD from the kernel's values within and between two samples: no picture is compared with itself."""
-    within = lambda k: (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
-    return within(xx) + within(yy) - 2 * xy.mean()
+    within = [(k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1)) for k in (xx, yy)]
+    return within[0] + within[1] - 2 * xy.mean()  # Eq. MMD [arXiv:2301.07969]
 
 
-def features(s: Setting, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+def features(s: MatchingContext, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """What the teacher reads in the patches of a lightly noised picture without its caption, (B, N k), and the caption's states (B, d)."""
     t = torch.full_like(s.t, FEATURE_TIME)
     _, patches = s.teacher(interpolate(x, s.eps, t), t, torch.zeros_like(text), with_ground=True)
@@ -178,7 +176,7 @@ def mmd_loss(pictures: Tensor, words: Tensor, real: Tensor, real_words: Tensor, 
     return mmd_squared(*(kernel(d, widths) for d in total))
 
 
-def mmd(x: Tensor, s: Setting) -> Tensor:
+def mmd(x: Tensor, s: MatchingContext) -> Tensor:
     with torch.no_grad():
         real, real_words = features(s, s.real, s.real_text)
     return mmd_loss(*features(s, x, s.text), real, real_words)
@@ -186,7 +184,7 @@ def mmd(x: Tensor, s: Setting) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    loss: Callable[[Tensor, Setting], Tensor]
+    loss: Callable[[Tensor, MatchingContext], Tensor]
     fake: bool = True  # needs a model of the student's own pictures
     ratio: bool = False  # needs the density ratio: the fake's patch head becomes a discriminator
 

@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmedit.data.world import UnpairedBatch
+from vlmedit.data.batches import UnpairedBatch
 from vlmedit.equations.judge_loss import judge_loss, yes_no_loss
 from vlmedit.flow import interpolate, velocity_target
 from vlmedit.networks.judge import JudgeModel
-from vlmedit.networks.text import PAD, build_tokenizer
+from vlmedit.world.tokenizer import PAD, build_tokenizer
 
 LEVELS = (0.2, 0.8)  # of the noise under which the teacher compares two captions
 SHIFT = 2  # pixels by which an augmented picture may move, each way
@@ -69,7 +69,7 @@ class TeacherJudge:
             eps = torch.randn_like(x)
             errors = [denoising_error(self.teacher, x, text, t, eps) for text in (source, target)]
             total = total + errors[0] - errors[1]
-        return self.scale * total / self.draws
+        return self.scale * total / self.draws  # Eq. teacher
 
     def loss(self, x: Tensor, batch: UnpairedBatch, gain: float = 1.0) -> tuple[Tensor, Tensor]:
         """-log p per request, (B,), and p."""

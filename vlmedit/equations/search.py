@@ -21,10 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from vlmedit.flow import SAMPLERS, Velocity, to_x0
+from vlmedit.flow import SAMPLERS, Velocity, noise_like, to_x0
 
 Loss = Callable[[Tensor], Tensor]  # pictures (B, 3, S, S) -> (B,)
 
@@ -46,7 +45,7 @@ def size(x: Tensor) -> Tensor:
 
 def ascend(delta: Tensor, gradient: Tensor, length: float, radius: float | Tensor) -> Tensor:
     """A step of `length` along the gradient, then back into the L2 ball of `radius`, each sample by itself."""
-    delta = delta + length * gradient / size(gradient)
+    delta = delta + length * gradient / size(gradient)  # Eq. ascent [arXiv:1706.06083]
     radius = torch.as_tensor(radius, dtype=delta.dtype, device=delta.device).view(-1, *[1] * (delta.ndim - 1))
     return delta * (radius / size(delta)).clamp(max=1)
 
@@ -54,7 +53,7 @@ def ascend(delta: Tensor, gradient: Tensor, length: float, radius: float | Tenso
 def norm_penalty(noise: Tensor) -> Tensor:
     """Minus the log density of the noise's norm up to a constant, (B,): |eps|^2 / 2 - (d - 1) log |eps|."""
     norm, d = noise.flatten(1).norm(dim=1), noise[0].numel()
-    return norm.square() / 2 - (d - 1) * norm.log()
+    return norm.square() / 2 - (d - 1) * norm.log()  # Eq. ReNO [arXiv:2406.04312]
 
 
 def optimise_pixels(loss: Loss, start: Tensor, radius: float | Tensor, steps: int = 20, length: float = 0.4) -> Iterator[Step]:
@@ -106,9 +105,9 @@ def steer(
         v = velocity(x, torch.full((len(x),), t, device=x.device, dtype=x.dtype))
         if particles > 1 and strength and s > 0:
             now = reward(to_x0(x, v, t))
-            rows = resample(strength * (now - before), particles, generator)
+            rows = resample(strength * (now - before), particles, generator)  # Eq. weights [arXiv:2501.06848]
             x, v, before = x[rows], v[rows], now[rows]
-        eps = randn_tensor(tuple(x.shape), generator=generator, device=x.device, dtype=x.dtype) if sampler != "euler" else None
+        eps = noise_like(x.shape, generator, x.device, x.dtype) if sampler != "euler" else None
         x = SAMPLERS[sampler](x, v, t, s, eps)
     if particles == 1:
         return x

@@ -2,30 +2,36 @@
 
     sdedit:    x at `start` = (1 - start) y + start eps, then the flow under the target caption                   [arXiv:2108.01073]
     inversion: the flow backwards from y to `start` under the source caption, then forwards under the target's    [arXiv:2010.02502, Eq. 14]
-               Each backward step solves x_t = x_s + (t - s) v(x_t, t) by fixed-point iteration: with enough of them it undoes the
+               Each backward step solves x_t = x_s + (t - s) v(x_t, t) by fixed-point iteration: with enough of them it
+               undoes the
                sampler's Euler step exactly; one iteration is DDIM inversion                                      [arXiv:2403.14602]
-    flowedit:  dz = E_eps[v(z + y_t - y, t, target) - v(y_t, t, source)] dt, y_t = (1 - t) y + t eps, from z = y  [arXiv:2412.08629]
+    flowedit:  dz = E_eps[v(z + y_t - y, t, target) - v(y_t, t, source)] dt, y_t = (1 - t) y + t eps, from z = y
+    [arXiv:2412.08629]
 
 They ask for two captions where a trained editor asks for an instruction, and for many guided calls where it makes four.
-Shapes: pictures (B, 3, S, S); velocities (x, t) -> v as in flow.py. Measures and no trainer: the reference's caption is the scene's.
+Shapes: pictures (B, 3, S, S); velocities (x, t) -> v as in flow.py. The reference's caption is given with it.
 Deviates: `flowedit` integrates to t = 0 (n_min = 0), as its authors do by default.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vlmedit.data.world import TEXT_LENGTH, Example
 from vlmedit.flow import Velocity, few_step_times, guide, interpolate, sample, step_euler
-from vlmedit.networks.dit import DiT
-from vlmedit.networks.text import encode
-from vlmedit.world.edits import apply_edit
-from vlmedit.world.language import caption
-from vlmedit.world.render import render
+
+
+def guided(teacher: nn.Module, ids: Tensor, w: float = 1.0) -> Velocity:
+    """A frozen text-to-image model's flow under caption ids (B, L), guided against the empty caption."""
+    text, empty = teacher.encode_text(ids), teacher.encode_text(torch.zeros_like(ids))
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        v = teacher(x, t, text)
+        return v if w == 1 else guide(v, teacher(x, t, empty), w)
+
+    return velocity
 
 
 def times_below(start: float, steps: int) -> tuple[float, ...]:
@@ -43,7 +49,7 @@ def at(x: Tensor, t: float) -> Tensor:
 def sdedit(source: Velocity, target: Velocity, y: Tensor, start: float = 0.6, steps: int = 15, generator=None) -> Tensor:
     """Noise the reference to `start` and denoise it under the target caption; the source caption is not used."""
     eps = torch.randn(y.shape, generator=generator).to(y)
-    return sample(target, interpolate(y, eps, start), times_below(start, steps))
+    return sample(target, interpolate(y, eps, start), times_below(start, steps))  # Eq. SDEdit [arXiv:2108.01073]
 
 
 @torch.no_grad()
@@ -53,7 +59,7 @@ def invert(velocity: Velocity, y: Tensor, times: Sequence[float], iterations: in
     for t, s in reversed(list(zip(stops, stops[1:]))):
         guess = x
         for _ in range(iterations):
-            guess = step_euler(x, velocity(guess, at(x, t)), s, t)
+            guess = step_euler(x, velocity(guess, at(x, t)), s, t)  # Eq. 14 [arXiv:2010.02502]
         x = guess
     return x
 
@@ -73,7 +79,7 @@ def flowedit(source: Velocity, target: Velocity, y: Tensor, start: float = 0.8, 
         total = torch.zeros_like(y)
         for _ in range(average):
             y_t = interpolate(y, torch.randn(y.shape, generator=generator).to(y), t)
-            total += target(z + y_t - y, at(y, t)) - source(y_t, at(y, t))
+            total += target(z + y_t - y, at(y, t)) - source(y_t, at(y, t))  # Eq. FlowEdit [arXiv:2412.08629]
         z = step_euler(z, total / average, t, s)
     return z
 
@@ -85,34 +91,3 @@ def calls(editor: str, steps: int = 15, iterations: int = 3, average: int = 1, g
     """Network calls on one picture; a guided velocity takes two."""
     forth, back = (2 if w != 1 else 1 for w in (guidance, source_guidance))
     return steps * {"sdedit": forth, "inversion": forth + iterations * back, "flowedit": average * (forth + back)}[editor]
-
-
-@torch.no_grad()
-def edit_by_captions(
-    teacher: DiT, examples: Sequence[Example], editor: str, seed: int = 0, guidance: float = 2.0, source_guidance: float = 1.0, batch: int = 64, **settings
-) -> tuple[Tensor, Tensor]:
-    """References and outputs (N, 3, S, S) on held-out requests. Raises ValueError for an unknown editor."""
-    if editor not in EDITORS:
-        raise ValueError(f"unknown editor {editor!r}; known: {', '.join(EDITORS)}")
-    side, device, generator = teacher.config.side, next(teacher.parameters()).device, torch.Generator().manual_seed(seed)
-    references, outputs = [], []
-    for i in range(0, len(examples), batch):
-        part = examples[i : i + batch]
-        y = render([e.scene for e in part], side).to(device)
-        words = [caption(e.scene) for e in part], [caption(apply_edit(e.scene, e.edit, random.Random(0))) for e in part]
-        flows = [guided(teacher, texts, w) for texts, w in zip(words, (source_guidance, guidance))]
-        outputs.append(EDITORS[editor](*flows, y, generator=generator, **settings).clamp(-1, 1).cpu())
-        references.append(y.cpu())
-    return torch.cat(references), torch.cat(outputs)
-
-
-def guided(teacher: DiT, texts: list[str], w: float) -> Velocity:
-    """The teacher's flow under captions, guided against the empty one."""
-    ids = encode(texts, TEXT_LENGTH).to(next(teacher.parameters()).device)
-    text, empty = teacher.encode_text(ids), teacher.encode_text(torch.zeros_like(ids))
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        v = teacher(x, t, text)
-        return v if w == 1 else guide(v, teacher(x, t, empty), w)
-
-    return velocity

@@ -57,8 +57,8 @@ def rollout(velocity: Velocity, noise: Tensor, times: Sequence[float], renoise: 
     x = noise
     for i, t in enumerate(times):
         if i > 0:
-            x = interpolate(x, noise if renoise == "same" else torch.randn_like(noise), t)
+            x = interpolate(x, noise if renoise == "same" else torch.randn_like(noise), t)  # Eq. E5, x_t
         with_graph = torch.is_grad_enabled() and (gradient_calls is None or i >= len(times) - gradient_calls)
         with torch.set_grad_enabled(with_graph):
-            x = to_x0(x, velocity(x, torch.full((len(x),), t, device=x.device, dtype=x.dtype)), t)
+            x = to_x0(x, velocity(x, torch.full((len(x),), t, device=x.device, dtype=x.dtype)), t)  # Eq. E5, x0
     return x

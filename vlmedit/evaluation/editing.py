@@ -1,4 +1,5 @@
-"""Measuring by the oracle: was the edit done, was the rest kept, is it still a picture, and does the judge merely think so?
+"""Measuring by the oracle: was the edit done, was the rest kept, is it still a picture, and does the judge merely think
+so?
 
 * success: the oracle reads the output as a scene in which the edit is done and everything else kept.
 * keep-PSNR: dB between reference and output where the edit has no business (`oracle.keep_mask`).
@@ -19,20 +20,18 @@ import torch
 from torch import Tensor
 
 from vlmedit import flow
-from vlmedit.data.judge_lessons import lesson
-from vlmedit.data.world import TEXT_LENGTH, Example, held_out, rng_for
-from vlmedit.equations.judge_loss import answer_logits
+from vlmedit.data.batches import TEXT_LENGTH
+from vlmedit.data.world import Example, from_example, held_out
 from vlmedit.equations.search import SEARCHES, Loss, Query
+from vlmedit.equations.training_free import EDITORS, guided
+from vlmedit.evaluation.judge import ask_judge, right_answers
 from vlmedit.evaluation.statistics import calibration_error
-from vlmedit.methods.judge import attack, yes_no_losses
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judge import JudgeModel
-from vlmedit.networks.text import encode
 from vlmedit.world.edits import EDIT_TYPES
-from vlmedit.world.language import caption, edit_question, identity_question
 from vlmedit.world.oracle import Verdict, judge_edit, keep_mask, parse, psnr
 from vlmedit.world.render import render
-from vlmedit.world.scene import Scene, sample_scene
+from vlmedit.world.tokenizer import encode
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ def edit_examples(
     student: DiT, examples: Sequence[Example], steps: int = 4, seed: int = 0, sampler: str = "renoise", shift: float = 1.0, batch: int = 64,
     search: str | None = None, judge: JudgeModel | None = None, **settings,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """References and outputs (N, 3, S, S) of a student on held-out requests; by a `search` (search.SEARCHES, with its settings) those that
-    please `judge`. Raises ValueError for an unknown search or one without a judge."""
+    """References and outputs (N, 3, S, S) of a student on held-out requests; by a `search` (search.SEARCHES, with its
+    settings) those that please `judge`. Raises ValueError for an unknown search or one without a judge."""
     if search is not None and search not in SEARCHES:
         raise ValueError(f"unknown search {search!r}; known: {', '.join(SEARCHES)}")
     if search is not None and judge is None:
@@ -88,6 +87,29 @@ def edit_examples(
     return torch.cat(references), torch.cat(outputs)
 
 
+@torch.no_grad()
+def edit_by_captions(
+    teacher: DiT, examples: Sequence[Example], editor: str, seed: int = 0, guidance: float = 2.0,
+    source_guidance: float = 1.0, batch: int = 64, **settings,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """References and outputs (N, 3, S, S) of an editor without training (training_free.EDITORS, with its settings) on
+    held-out requests. Raises ValueError for an unknown editor."""
+    if editor not in EDITORS:
+        raise ValueError(f"unknown editor {editor!r}; known: {', '.join(EDITORS)}")
+    side, device, generator = teacher.config.side, next(teacher.parameters()).device, torch.Generator().manual_seed(seed)
+    references, outputs = [], []
+    for i in range(0, len(examples), batch):
+        part = examples[i : i + batch]
+        y = render([e.scene for e in part], side).to(device)
+        requests = [from_example(e) for e in part]
+        words = [r.reference_caption for r in requests], [r.target_caption for r in requests]
+        ids = [encode(texts, TEXT_LENGTH).to(device) for texts in words]
+        flows = [guided(teacher, i, w) for i, w in zip(ids, (source_guidance, guidance))]
+        outputs.append(EDITORS[editor](*flows, y, generator=generator, **settings).clamp(-1, 1).cpu())
+        references.append(y.cpu())
+    return torch.cat(references), torch.cat(outputs)
+
+
 def judge_by_oracle(examples: list[Example], reference: Tensor, output: Tensor) -> Judged:
     """The oracle's verdicts and PSNRs of outputs."""
     readings = parse(output)
@@ -97,43 +119,9 @@ def judge_by_oracle(examples: list[Example], reference: Tensor, output: Tensor) 
     return Judged(examples, reference, output, verdicts, torch.tensor([r.manifold_psnr for r in readings]), keep)
 
 
-@dataclass(frozen=True)
-class _Questions:
-    """What `judging.answer_logits` reads of a batch."""
-
-    reference: Tensor
-    edit_question: Tensor
-    edit_answer: Tensor
-    edit_pair: Tensor
-    identity_question: Tensor
-
-
-def right_answers(judge: JudgeModel, examples: Sequence[Example], reference: Tensor, output: Tensor) -> Tensor:
-    """The judge's probability of the right answer, (2, B), with its gradient by the output: edit and identity question."""
-    device = judge.device
-    questions = [edit_question(e.edit, e.instruction) for e in examples]
-    identity = [identity_question(e.edit, e.instruction).text for e in examples]
-    rows = _Questions(
-        reference.to(device),
-        encode([q.text for q in questions], TEXT_LENGTH).to(device),
-        torch.tensor([float(q.answer) for q in questions], device=device),
-        torch.tensor([float(q.pair) for q in questions], device=device),
-        encode(identity, TEXT_LENGTH).to(device),
-    )
-    logits, answers, _ = answer_logits(judge, rows, output.to(device))
-    margin = logits[:, judge.config.yes_token_id] - logits[:, judge.config.no_token_id]
-    return (margin * (2 * answers - 1)).sigmoid().unflatten(0, (2, -1))
-
-
-@torch.no_grad()
-def ask_judge(judge: JudgeModel, examples: Sequence[Example], reference: Tensor, output: Tensor, batch: int = 128) -> Tensor:
-    """The same without gradient for any number of edits, (2, N), on the CPU."""
-    parts = [slice(i, i + batch) for i in range(0, len(examples), batch)]
-    return torch.cat([right_answers(judge, examples[part], reference[part], output[part]).cpu() for part in parts], 1)
-
-
 def summary(judged: Judged, *judges: JudgeModel) -> dict:
-    """Oracle metrics of judged outputs, with the standard errors of PSNRs over edits, and what the judges think of them, on average."""
+    """Oracle metrics of judged outputs, with the standard errors of PSNRs over edits, and what the judges think of
+    them, on average."""
     examples, n = judged.examples, len(judged.examples)
     by_type = defaultdict(list)
     for example, value in zip(examples, judged.success.tolist()):
@@ -164,8 +152,9 @@ def evaluate_student(
     student: DiT, judge: JudgeModel | None, n: int = 512, seed: int = 0, steps: int = 4, kinds: Sequence[str] = EDIT_TYPES, sampler: str = "renoise",
     shift: float = 1.0, search: str | None = None, others: Sequence[JudgeModel] = (), **settings,
 ) -> tuple[dict, Judged]:  # fmt: skip
-    """Oracle metrics of a student on `n` held-out requests, types in turn, and the judged outputs; by a `search` and its settings those that
-    please the judge (see `edit_examples`). What is believed is the mean of the judge and the `others`."""
+    """Oracle metrics of a student on `n` held-out requests, types in turn, and the judged outputs; by a `search` and
+    its settings those that please the judge (see `edit_examples`). What is believed is the mean of the judge and the
+    `others`."""
     began = time.perf_counter()
     examples = held_out(n, seed, kinds)
     searched = dict(search=search, judge=judge, **settings) if search else settings
@@ -180,59 +169,6 @@ def evaluate(pipe, n: int = 512, seed: int = 0, steps: int = 4, sampler: str = "
     shift = float(pipe.scheduler.config.shift)
     metrics, _ = evaluate_student(pipe.transformer, pipe.judge, n, seed, steps, kinds, sampler, shift)
     return {**metrics, "checkpoint": checkpoint}
-
-
-def says_the_same(scene: Scene, reading: Scene) -> bool:
-    """Whether a caption of `scene` holds of `reading`: same things, background and style, in any order."""
-    bag = lambda s: sorted((t.color, t.shape, t.texture) for t in s.things)
-    return bag(scene) == bag(reading) and (scene.background, scene.style) == (reading.background, reading.style)
-
-
-@torch.no_grad()
-def evaluate_teacher(teacher: DiT, n: int = 256, seed: int = 0, steps: int = 30, guidance: float = 2.0, sampler: str = "euler", shift: float = 1.0, batch: int = 64) -> tuple[dict, Tensor]:
-    """Caption fidelity of samples by the oracle, and the samples. `guidance` 1 for a distilled student."""
-    rng = rng_for("held-out", "captions", seed)
-    scenes = [sample_scene(rng) for _ in range(n)]
-    generator, device = torch.Generator().manual_seed(seed), next(teacher.parameters()).device
-    samples = []
-    for i in range(0, n, batch):
-        ids = encode([caption(s) for s in scenes[i : i + batch]], TEXT_LENGTH).to(device)
-        text, empty = teacher.encode_text(ids), teacher.encode_text(torch.zeros_like(ids))
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            v = teacher(x, t, text)
-            return v if guidance == 1 else flow.guide(v, teacher(x, t, empty), guidance)
-
-        noise = torch.randn(len(text), 3, teacher.config.side, teacher.config.side, generator=generator).to(device)
-        samples.append(flow.sample(velocity, noise, flow.few_step_times(steps, shift), sampler, generator).clamp(-1, 1).cpu())
-    samples = torch.cat(samples)
-    readings = parse(samples)
-    fine = [says_the_same(s, r.scene) for s, r in zip(scenes, readings)]
-    metrics = {
-        "fidelity": sum(fine) / n,
-        "manifold_psnr": sum(r.manifold_psnr for r in readings) / n,
-        "shapes": sum(sorted(t.shape for t in s.things) == sorted(t.shape for t in r.scene.things) for s, r in zip(scenes, readings)) / n,
-        "n": n, "seed": seed, "steps": steps, "guidance": guidance,
-    }  # fmt: skip
-    return metrics, samples
-
-
-def evaluate_judge(judge: JudgeModel, pairs: int = 1024, seed: int = 0, radius: float = 0.0, attack_steps: int = 10, batch: int = 64) -> dict:
-    """Accuracy per question on held-out lessons, clean or under L2 attack of `radius` ([-1, 1] pixel units)."""
-    right = defaultdict(list)
-    for b, first in enumerate(range(0, pairs, batch)):
-        work = lesson(min(batch, pairs - first), judge.config.side, "held-out", seed, b).to(judge.device)
-        output = work.output
-        if radius:
-            output = attack(judge, work, torch.full((len(work),), radius, device=judge.device), attack_steps)
-        with torch.no_grad():
-            _, ok, _, _ = yes_no_losses(judge, work, output)
-        asked = work.answers >= 0
-        kinds = ["edit", "identity"] * (2 * len(work))
-        names = [k for k, a in zip(kinds, asked.tolist()) if a] + ["presence"] * int((work.single_answers >= 0).sum())
-        for name, value in zip(names, ok.tolist(), strict=True):
-            right[name].append(value)
-    return {**{k: sum(v) / len(v) for k, v in sorted(right.items())}, "pairs": pairs, "seed": seed, "radius": radius}
 
 
 def judge_against_oracle(judge: JudgeModel, judged: Judged) -> dict:

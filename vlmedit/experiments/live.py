@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-from vlmedit.config import NPEditConfig
-from vlmedit.methods.npedit import train_npedit
+from vlmedit.methods.npedit import NPEditConfig, train_npedit
 from vlmedit.pipelines.shapes import checkpoint
-from vlmedit.training.engine import Step
+from vlmedit.training.run import Step
 
 LIVE = {"smoke": dict(steps=2, batch=4, warmup=1), "laptop": dict(steps=750, save_every=150), "gpu": dict(steps=3000)}
 SHOWN = 512  # held-out edits the metrics are taken over, and how many of them are drawn
@@ -31,13 +30,14 @@ def live_config(tier: str = "laptop", out: str = "runs/main", **overrides) -> NP
 
 def report(config: NPEditConfig, tier: str = "laptop") -> dict:
     """Evaluate the warm start, the live editor and the shipped editor by the oracle; write `metrics.json` and `edits.png`."""
-    from vlmedit.evaluation.editing import ask_judge, evaluate_student
-    from vlmedit.figures import strip, wrap
+    from vlmedit.evaluation.editing import evaluate_student
+    from vlmedit.evaluation.judge import ask_judge
+    from vlmedit.figures import save, sheet, wrap
     from vlmedit.networks.dit import DiT
     from vlmedit.networks.judge import JudgeModel
 
     n = 8 if tier == "smoke" else SHOWN
-    judge = JudgeModel.from_pretrained(config.judge).eval()
+    judge = JudgeModel.from_pretrained(config.judge[0]).eval()
     folders = {"warm start": config.student, "live": Path(config.out) / "model", "shipped": checkpoint("shapes", "editor")}
     metrics, judged = {}, {}
     for name, folder in folders.items():
@@ -52,7 +52,7 @@ def report(config: NPEditConfig, tier: str = "laptop") -> dict:
         titles.append([wrap(some.examples[i].instruction)] + [f"P(yes) {p[k][i]:.2f}, oracle: {verdict(k)}" for k in folders])
         frames.append([None] + [judged[k].verdicts[i].success for k in folders])
     out = Path(config.out)
-    strip(rows, titles, out / "edits.png", ("reference", *folders), frames)
+    save(sheet(rows, titles, ("reference", *folders), frames), out / "edits.png")
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
 

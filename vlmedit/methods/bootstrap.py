@@ -17,24 +17,64 @@ Losses: vlmedit/equations/cycle.py. Shapes: pictures (B, 3, S, S).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from vlmedit.config import BootstrapConfig
-from vlmedit.equations.cycle import CycleBatch, cycle_batch, direction, guided, prior_loss, route
+from vlmedit.data.cycles import CycleBatch, cycle_draw
+from vlmedit.data.world import WorldData
+from vlmedit.equations.cycle import direction, prior_loss, route
+from vlmedit.equations.training_free import guided
+from vlmedit.errors import ConfigError
 from vlmedit.flow import few_step_times, flow_matching_loss, interpolate, logit_normal_time, sample, to_x0
+from vlmedit.methods._base import Base, load_dit
+from vlmedit.methods._cycle import CycleConfig
 from vlmedit.networks.dit import DiT
-from vlmedit.training.engine import EMA, Optimizer, Run, Step
+from vlmedit.protocols import Phase, Trained
+from vlmedit.training.run import Step, begin
+from vlmedit.training.trainer import train
 
 
-class Bootstrap:
-    """Student, its average and the frozen model, and one update, without loop, logging or files."""
+@dataclass(frozen=True)
+class BootstrapConfig(CycleConfig):
+    """Bootstrap Your Generator: the frozen model's direction of change, and a cycle [arXiv:2606.03911; the settings are ours]."""
+
+    out: str = "runs/bootstrap"
+    prior_weight: float = 1.0
+    guidance: float = 2.0  # of the target caption in the direction of change
+    sampler_steps: int = 4  # of the pseudo-target
+    sampler_shift: float = 1.0
+    time_shift: float = 3.0  # of the noisy states that are trained, as SFT's
+    target_decay: float = 0.99  # decay of the average that makes pseudo-targets
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.prior_weight <= 0:
+            raise ConfigError(f"prior_weight is {self.prior_weight}; without it copying is the best answer: it must be positive")
+        if not 0 <= self.target_decay < 1:
+            raise ConfigError(f"target_decay is {self.target_decay}; it must lie in [0, 1)")
+
+
+class Bootstrap(Base):
+    """Student, its average and the frozen model."""
+
+    batch = CycleBatch
 
     def __init__(self, config: BootstrapConfig, student: DiT, follower: DiT, teacher: DiT):
-        self.config, self.student = config, student
-        self.follower, self.teacher = follower.requires_grad_(False).eval(), teacher.requires_grad_(False).eval()
+        frozen = {"teacher": teacher, "follower": follower}
+        super().__init__({"student": Trained(student, ema=config.ema)}, frozen, kept={"follower": follower})
+        self.config, self.student, self.follower, self.teacher = config, student, follower, teacher
+
+    def backward(self, phase: Phase, batch: CycleBatch, memory: dict, index: int) -> dict[str, float | int]:
+        c, reference = self.config, batch.request.reference
+        t, eps = logit_normal_time(len(reference), c.time_shift, reference.device), torch.randn_like(reference)
+        memory["output"] = z = self.pseudo_target(batch)
+        found = self.losses(batch, z, t, eps)
+        sum(found.values()).backward()
+        calls = len(reference) * (c.sampler_steps + 1 + bool(c.cycle_weight))
+        return {name: loss.item() for name, loss in found.items()} | {"calls": calls}
 
     @torch.no_grad()
     def pseudo_target(self, batch: CycleBatch) -> Tensor:
@@ -69,33 +109,18 @@ class Bootstrap:
         return found
 
     @torch.no_grad()
-    def follow(self) -> None:
+    def after(self, index: int) -> None:
         """The follower's weights move towards the student's."""
         for mine, theirs in zip(self.follower.parameters(), self.student.parameters(), strict=True):
-            mine.lerp_(theirs, 1 - self.config.follow)
+            mine.lerp_(theirs, 1 - self.config.target_decay)
+
+    def pictures(self, batch: CycleBatch, memory: dict) -> dict[str, Tensor]:
+        return {"reference": batch.request.reference, "output": memory["output"]}
 
 
 def train_bootstrap(config: BootstrapConfig, accelerator: Accelerator | None = None) -> Iterator[Step]:
     """Yield a `Step` per update; the averaged student is saved to `out/model` at the end. `calls` counts the student's and its follower's."""
-    run = Run(config, accelerator)
-    load = lambda folder: DiT.from_pretrained(folder).to(run.device)
-    roles = Bootstrap(config, load(config.student), load(config.student), load(config.teacher))
-    optimizer, ema = Optimizer(roles.student, config), EMA(roles.student, config.ema)
-    run.register("model", roles.student, optimizer, ema)
-    run.register("follower", roles.follower)
-    for index in run.steps():
-        batch = cycle_batch(config.batch, config.side, *run.key(index), pool=config.pool, settled=config.settled).to(run.device)
-        t, eps = logit_normal_time(config.batch, config.time_shift, run.device), torch.randn_like(batch.request.reference)
-        with run.accelerator.autocast():
-            z = roles.pseudo_target(batch)
-            found = roles.losses(batch, z, t, eps)
-        sum(found.values()).backward()
-        norm, fine = optimizer.step(index, run.accelerator)
-        ema.update(roles.student, index)
-        roles.follow()
-        calls = config.batch * (config.sampler_steps + 1 + bool(config.cycle_weight))
-        run.metrics.update({k: v.item() for k, v in found.items()}, gradient_norm=norm, skipped=float(not fine), calls=calls)
-        yield run.done(index, reference=batch.request.reference[:8], output=z[:8])
-    roles.student.load_state_dict(ema.shadow)
-    if run.accelerator.is_main_process:
-        roles.student.save_pretrained(run.folder / "model")
+    accelerator = begin(config, accelerator)
+    load = lambda place: load_dit(place, accelerator.device)
+    method = Bootstrap(config, load(config.student), load(config.student), load(config.teacher))
+    yield from train(method, WorldData(config, {CycleBatch: cycle_draw(config.data)}), config, accelerator)

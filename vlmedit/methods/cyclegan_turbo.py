@@ -13,27 +13,73 @@ teacher's weights with a linear head halfway, on noised pictures, as DMD2's, ins
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from vlmedit.config import CycleGANConfig
-from vlmedit.data.world import rng_for
-from vlmedit.equations.cycle import CycleBatch, adversarial_loss, copy_loss, critic_loss, cycle_batch, cycle_loss
+from vlmedit.data.cycles import CycleBatch, cycle_draw
+from vlmedit.data.world import WorldData
+from vlmedit.equations.cycle import adversarial_loss, copy_loss, critic_loss, cycle_loss
 from vlmedit.equations.dmd import draw_dmd_time
 from vlmedit.equations.matching import ratio_head
-from vlmedit.equations.unroll import draw_times, rollout
+from vlmedit.equations.unroll import CALLS, RENOISE, draw_times, rollout
+from vlmedit.errors import ConfigError
+from vlmedit.methods._base import Base, load_dit
+from vlmedit.methods._cycle import CycleConfig
 from vlmedit.networks.dit import DiT
-from vlmedit.training.engine import EMA, Optimizer, Run, Step
+from vlmedit.protocols import Phase, Trained
+from vlmedit.seeds import rng_for
+from vlmedit.training.run import Step, begin
+from vlmedit.training.trainer import train
 
 
-class CycleGAN:
-    """Student, critic and one update of each, without loop, logging or files."""
+@dataclass(frozen=True)
+class CycleGANTurboConfig(CycleConfig):
+    """CycleGAN-Turbo, its two domains being captions [arXiv:2403.12036; R here: its released train_cyclegan_turbo.py]."""
 
-    def __init__(self, config: CycleGANConfig, student: DiT, critic: DiT):
-        self.config, self.student, self.critic = config, student, critic
+    out: str = "runs/cyclegan_turbo"
+    gan_weight: float = 0.5  # R: 0.5
+    critic_lr: float = 1e-3
+    critic_updates: int = 1  # per student update [R]
+    mismatch: float = 0.5  # share of the critic's references shown with another one's caption, as false [GAN-CLS, arXiv:1605.05396]; R: 0
+    calls: str = "mixed"  # in the unroll; R: one
+    sampler_steps: int = 4
+    sampler_shift: float = 1.0
+    renoise: str = "fresh"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gan_weight <= 0:
+            raise ConfigError(f"gan_weight is {self.gan_weight}; without it copying is the best answer: it must be positive")
+        self.check_counts("critic_updates")
+        self.check_choices(calls=CALLS, renoise=RENOISE)
+
+
+class CycleGANTurbo(Base):
+    """The student's three losses, then the critic's."""
+
+    def __init__(self, config: CycleGANTurboConfig, student: DiT, critic: DiT):
         critic.ground = ratio_head(critic.config.width).to(critic.device)
+        super().__init__({"student": Trained(student, ema=config.ema), "critic": Trained(critic, config.critic_lr)})
+        self.config, self.student, self.critic = config, student, critic
+
+    def phases(self, index: int) -> Iterator[Phase]:
+        yield Phase("student", ("student",), CycleBatch)
+        yield from (Phase("critic", ("critic",)) for _ in range(self.config.critic_updates))
+
+    def backward(self, phase: Phase, batch: CycleBatch, memory: dict, index: int) -> dict[str, float | int]:
+        if phase.name == "critic":
+            return {"critic": self.critic_backward(batch, memory["output"])}
+        c, request = self.config, batch.request
+        times = draw_times(rng_for("times", c.seed, index), c.calls, c.sampler_steps, c.sampler_shift)
+        output = self.edit(request.reference, request.instruction, times)
+        found = self.losses(batch, output, times)
+        sum(found.values()).backward()
+        memory["output"] = output.detach()
+        calls = len(output) * len(times) * (2 if c.cycle_weight else 1)
+        return {name: loss.item() for name, loss in found.items()} | {"calls": calls}
 
     def edit(self, reference: Tensor, instruction: Tensor, times: tuple[float, ...]) -> Tensor:
         text = self.student.encode_text(instruction)
@@ -54,43 +100,18 @@ class CycleGAN:
             found["nothing"] = c.nothing_weight * copy_loss(output, request.reference, request.nothing)
         return found
 
-    def student_backward(self, batch: CycleBatch, times: tuple[float, ...]) -> tuple[Tensor, dict[str, float]]:
-        """One backward of all terms. Returns the detached output."""
-        output = self.edit(batch.request.reference, batch.request.instruction, times)
-        found = self.losses(batch, output, times)
-        sum(found.values()).backward()
-        return output.detach(), {name: loss.item() for name, loss in found.items()}
-
     def critic_backward(self, batch: CycleBatch, output: Tensor) -> float:
         t, eps, r = draw_dmd_time(len(output), device=output.device), torch.randn_like(output), batch.request
         loss = critic_loss(self.critic, output, r.target_caption, r.reference, r.reference_caption, t, eps, self.config.mismatch)
         loss.backward()
         return loss.item()
 
+    def pictures(self, batch: CycleBatch, memory: dict) -> dict[str, Tensor]:
+        return {"reference": batch.request.reference, "output": memory["output"]}
 
-def train_cyclegan(config: CycleGANConfig, accelerator: Accelerator | None = None) -> Iterator[Step]:
+
+def train_cyclegan_turbo(config: CycleGANTurboConfig, accelerator: Accelerator | None = None) -> Iterator[Step]:
     """Yield a `Step` per student update; the averaged student is saved to `out/model` at the end."""
-    run = Run(config, accelerator)
-    load = lambda folder: DiT.from_pretrained(folder).to(run.device)
-    roles = CycleGAN(config, load(config.student), load(config.teacher))
-    optimizer, ema = Optimizer(roles.student, config), EMA(roles.student, config.ema)
-    critic_optimizer = Optimizer(roles.critic, config, config.critic_lr)
-    run.register("model", roles.student, optimizer, ema)
-    run.register("critic", roles.critic, critic_optimizer)
-    for index in run.steps():
-        batch = cycle_batch(config.batch, config.side, *run.key(index), pool=config.pool, settled=config.settled).to(run.device)
-        times = draw_times(rng_for("times", config.seed, index), config.calls, config.sampler_steps, config.sampler_shift)
-        with run.accelerator.autocast():
-            output, metrics = roles.student_backward(batch, times)
-        norm, fine = optimizer.step(index, run.accelerator)
-        ema.update(roles.student, index)
-        for _ in range(config.critic_updates):
-            with run.accelerator.autocast():
-                metrics["critic"] = roles.critic_backward(batch, output)
-            critic_optimizer.step(index, run.accelerator)
-        calls = config.batch * len(times) * (2 if config.cycle_weight else 1)
-        run.metrics.update(metrics, gradient_norm=norm, skipped=float(not fine), calls=calls)
-        yield run.done(index, reference=batch.request.reference[:8], output=output[:8])
-    roles.student.load_state_dict(ema.shadow)
-    if run.accelerator.is_main_process:
-        roles.student.save_pretrained(run.folder / "model")
+    accelerator = begin(config, accelerator)
+    method = CycleGANTurbo(config, load_dit(config.student, accelerator.device), load_dit(config.teacher, accelerator.device))
+    yield from train(method, WorldData(config, {CycleBatch: cycle_draw(config.data)}), config, accelerator)

@@ -8,53 +8,63 @@ steps of L2 gradient ascent on the judge's own loss [arXiv:1706.06083].
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from vlmedit.config import JUDGE_SIZES, JudgeConfig
-from vlmedit.data.judge_lessons import Lesson, answer_ids, lesson
+from vlmedit.config import TrainConfig
+from vlmedit.data.batches import Lesson
+from vlmedit.data.judge_lessons import lesson
+from vlmedit.data.world import WorldData
+from vlmedit.equations.adversarial import attack, yes_no_losses
 from vlmedit.flow import few_step_times, interpolate, sample, to_x0
+from vlmedit.methods._base import Base
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judge import JudgeConfig as ModelConfig
 from vlmedit.networks.judge import JudgeModel
-from vlmedit.networks.text import build_tokenizer
-from vlmedit.training.engine import EMA, Optimizer, Run, Step
+from vlmedit.protocols import Phase, Trained
+from vlmedit.training.run import Step, begin
+from vlmedit.training.trainer import train
+from vlmedit.world.tokenizer import build_tokenizer
+
+JUDGE_SIZES = {
+    "small": dict(width=64, conv=32, vision_layers=1, text_layers=2),
+    "medium": dict(width=128, conv=64, vision_layers=2, text_layers=3),
+    "large": dict(width=192, conv=96, vision_layers=3, text_layers=4),
+}
 
 
-def yes_no_losses(judge: JudgeModel, work: Lesson, output: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cross-entropy of every yes/no answer (rows,), whether it was right (rows,), and the visual tokens of the pair and
-    of the output alone."""
-    together = judge.get_image_features(torch.stack((work.reference, output), 1))
-    alone = judge.get_image_features(output[:, None])
-    rows = [(work.questions, work.answers, together), (work.single_questions, work.single_answers, alone)]
-    losses, right = [], []
-    for ids, answers, features in rows:
-        asked = answers >= 0
-        owner = torch.arange(len(answers), device=answers.device) // (len(answers) // len(output))
-        logits = judge.answer_logits(ids[asked], image_features=features[owner[asked]])
-        target = answer_ids(answers[asked])
-        losses.append(F.cross_entropy(logits, target, reduction="none"))
-        margin = logits[:, judge.config.yes_token_id] - logits[:, judge.config.no_token_id]
-        right.append(((margin > 0) == (answers[asked] > 0)).detach())
-    return torch.cat(losses), torch.cat(right).float(), together, alone
+@dataclass(frozen=True)
+class JudgeConfig(TrainConfig):
+    """The judge's schooling, adversarial from `attack_from` on [X: miniature's finding that unlocked the rest]."""
 
+    out: str = "runs/judge"
+    steps: int = 3000
+    batch: int = 48  # pairs; each carries up to seven questions and a caption
+    lr: float = 1.5e-3
+    size: str = "medium"  # small, medium or large: see JUDGE_SIZES
+    attack_from: int = 1000  # updates on clean inputs first
+    attack_share: float = 0.75  # share of each batch that is attacked
+    attack_radius: float = 3.5  # L2, [-1, 1] pixel units, drawn uniformly up to it
+    attack_steps: int = 2
+    caption_weight: float = 0.3
+    start: str | None = None  # weights to go on from; None is random
+    softener: str | None = "runs/teacher/model"  # redraws some of the outputs as a student would; None is off
+    students: tuple[str, ...] = ()  # earlier students, whose edits become lessons: what they bribe a judge with
+    ground_weight: float = 1.0
 
-def attack(judge: JudgeModel, work: Lesson, radius: Tensor, steps: int) -> Tensor:
-    """The output pictures after `steps` of normalized L2 gradient ascent on the judge's loss, within `radius` (P,)."""
-    reach = radius.view(-1, 1, 1, 1)
-    normed = lambda d: d / d.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
-    delta = normed(torch.randn_like(work.output)) * reach * torch.rand_like(reach)
-    for _ in range(steps):
-        delta.requires_grad_(True)
-        loss = yes_no_losses(judge, work, work.output + delta)[0].sum()
-        (gradient,) = torch.autograd.grad(loss, delta)
-        delta = delta.detach() + normed(gradient.float()) * reach * (1.5 / steps)
-        delta = delta * (reach / delta.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)).clamp(max=1)
-    return (work.output + delta).clamp(-1, 1).detach()
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_choices(size=JUDGE_SIZES)
+
+    @classmethod
+    def tiers(cls):
+        return {**super().tiers(), "smoke": dict(steps=2, batch=4, warmup=1, save_every=1, size="small", attack_from=1, softener=None), "gpu": dict(side=64, batch=256, steps=20_000, size="large")}
 
 
 @torch.no_grad()  # a generator's drawing is data here
@@ -88,38 +98,48 @@ def build_judge(size: str, side: int) -> JudgeModel:
     return JudgeModel(ModelConfig(side=side, vocab_size=len(tokenizer), text_length=40, **JUDGE_SIZES[size]))
 
 
+class JudgeSchool(Base):
+    """Questions, captions and patches of a lesson, its output pictures attacked from `attack_from` on."""
+
+    batch, result = Lesson, "judge"
+
+    def __init__(self, config: JudgeConfig, judge: JudgeModel):
+        super().__init__({"judge": Trained(judge, ema=config.ema)})
+        self.config, self.judge = config, judge
+
+    def backward(self, phase: Phase, batch: Lesson, memory: dict, index: int) -> dict[str, float | int]:
+        c, judge = self.config, self.judge
+        output = self.attacked(batch, index) if index >= c.attack_from else batch.output
+        losses, right, together, alone = yes_no_losses(judge, batch, output)
+        spoken = judge(batch.caption, image_features=alone).logits.float()
+        caption_loss = F.cross_entropy(spoken.flatten(0, 1), batch.caption_labels.flatten(), ignore_index=-100)
+        ground_loss = judge.ground_loss(together, batch.ground_reference, batch.ground_output)
+        ground_loss = ground_loss + judge.ground_loss(alone, None, batch.ground_output)
+        loss = losses.mean() + c.caption_weight * caption_loss + c.ground_weight * ground_loss
+        loss.backward()
+        metrics = dict(loss=losses.mean(), caption_loss=caption_loss, ground_loss=ground_loss, accuracy=right.mean())
+        return {name: value.item() for name, value in metrics.items()}
+
+    def attacked(self, batch: Lesson, index: int) -> Tensor:
+        """The output pictures, a share of them attacked, within a radius that grows with the updates."""
+        c, rows = self.config, len(batch.output)
+        ramp = min(1.0, (index - c.attack_from + 1) / max(1, c.attack_from))
+        chosen = torch.rand(rows, device=batch.output.device) < c.attack_share
+        radius = c.attack_radius * ramp * torch.rand(rows, device=batch.output.device) * chosen
+        return attack(self.judge, batch, radius, c.attack_steps)
+
+    def save(self, state: dict[str, Tensor], folder: Path) -> None:
+        super().save(state, folder)
+        build_tokenizer().save_pretrained(folder)
+
+
 def train_judge(config: JudgeConfig, accelerator: Accelerator | None = None) -> Iterator[Step]:
     """Yield a `Step` per update; the averaged judge and its tokenizer are saved to `out/model` at the end."""
-    run = Run(config, accelerator)
-    torch.manual_seed(config.seed)
-    judge = (JudgeModel.from_pretrained(config.start) if config.start else build_judge(config.size, config.side)).to(run.device)
-    optimizer, ema = Optimizer(judge, config), EMA(judge, config.ema)
-    run.register("model", judge, optimizer, ema)
-    softener = partial(soften, DiT.from_pretrained(config.softener).to(run.device).eval()) if config.softener else None
-    students = [DiT.from_pretrained(folder).to(run.device).eval() for folder in config.students]
-    editor = partial(practise, students) if students else None
-    for index in run.steps():
-        with run.accelerator.autocast():
-            work = lesson(config.batch, config.side, *run.key(index), softener=softener, editor=editor).to(run.device)
-        output = work.output
-        with run.accelerator.autocast():
-            if index >= config.attack_from:
-                ramp = min(1.0, (index - config.attack_from + 1) / max(1, config.attack_from))
-                chosen = torch.rand(config.batch, device=run.device) < config.attack_share
-                radius = config.attack_radius * ramp * torch.rand(config.batch, device=run.device) * chosen
-                output = attack(judge, work, radius, config.attack_steps)
-            losses, right, together, alone = yes_no_losses(judge, work, output)
-            spoken = judge(work.caption, image_features=alone).logits.float()
-            caption_loss = F.cross_entropy(spoken.flatten(0, 1), work.caption_labels.flatten(), ignore_index=-100)
-            ground_loss = judge.ground_loss(together, work.ground_reference, work.ground_output)
-            ground_loss = ground_loss + judge.ground_loss(alone, None, work.ground_output)
-            loss = losses.mean() + config.caption_weight * caption_loss + config.ground_weight * ground_loss
-        loss.backward()
-        norm, fine = optimizer.step(index, run.accelerator)
-        ema.update(judge, index)
-        run.metrics.update(loss=losses.mean().item(), caption_loss=caption_loss.item(), ground_loss=ground_loss.item(), accuracy=right.mean().item(), gradient_norm=norm, skipped=float(not fine))
-        yield run.done(index)
-    judge.load_state_dict(ema.shadow)
-    if run.accelerator.is_main_process:
-        judge.save_pretrained(run.folder / "model")
-        build_tokenizer().save_pretrained(run.folder / "model")
+    device = (accelerator := begin(config, accelerator)).device
+    torch.manual_seed(config.seed)  # of the initial weights
+    judge = (JudgeModel.from_pretrained(config.start) if config.start else build_judge(config.size, config.side)).to(device)
+    load = lambda folder: DiT.from_pretrained(folder).to(device).eval()
+    softener = partial(soften, load(config.softener)) if config.softener else None
+    editor = partial(practise, [load(folder) for folder in config.students]) if config.students else None
+    draw = lambda size, *key: lesson(size, config.side, *key, softener=softener, editor=editor)
+    yield from train(JudgeSchool(config, judge), WorldData(config, {Lesson: draw}), config, accelerator)

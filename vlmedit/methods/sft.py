@@ -4,35 +4,60 @@ arXiv:2209.03003, Eq. 1]. It sees what NP-Edit never does."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 
-from vlmedit.config import SFTConfig
-from vlmedit.data.world import paired_batch
+from vlmedit.config import TrainConfig
+from vlmedit.data.batches import PairedBatch
+from vlmedit.data.world import WorldData
 from vlmedit.flow import flow_matching_loss, logit_normal_time
+from vlmedit.methods._base import Base, load_dit
 from vlmedit.networks.dit import DiT
-from vlmedit.training.engine import EMA, Optimizer, Run, Step
+from vlmedit.protocols import Phase, Trained
+from vlmedit.training.run import Step, begin
+from vlmedit.training.trainer import train
+
+
+@dataclass(frozen=True)
+class SFTConfig(TrainConfig):
+    """The paired rival: flow matching towards the exact target, from the same warm start and for as many updates."""
+
+    out: str = "runs/sft"
+    student: str = "runs/copy_warmup/model"
+    steps: int = 1200
+    batch: int = 32
+    lr: float = 1.5e-3
+    warmup: int = 20
+    final_lr: float = 0.1
+    ema: float = 0.99
+    time_shift: float = 3.0
+
+
+class SFT(Base):
+    """Flow matching towards the target."""
+
+    batch = PairedBatch
+
+    def __init__(self, config: SFTConfig, student: DiT):
+        super().__init__({"student": Trained(student, ema=config.ema)})
+        self.config, self.student = config, student
+
+    def backward(self, phase: Phase, batch: PairedBatch, memory: dict, index: int) -> dict[str, float | int]:
+        loss = paired_loss(self.student, batch, self.config.time_shift)
+        loss.backward()
+        return {"loss": loss.item(), "calls": len(batch)}
+
+
+def paired_loss(student: DiT, batch: PairedBatch, shift: float) -> torch.Tensor:
+    """Flow matching of the target under instruction and reference, at shifted logit-normal times: a scalar."""
+    t = logit_normal_time(len(batch), shift, batch.target.device)
+    eps = torch.randn_like(batch.target)
+    return flow_matching_loss(lambda x, time: student(x, time, batch.instruction, batch.reference), batch.target, t, eps).mean()
 
 
 def train_sft(config: SFTConfig, accelerator: Accelerator | None = None) -> Iterator[Step]:
     """Yield a `Step` per update; the averaged student is saved to `out/model` at the end."""
-    run = Run(config, accelerator)
-    student = DiT.from_pretrained(config.student).to(run.device)
-    optimizer, ema = Optimizer(student, config), EMA(student, config.ema)
-    run.register("model", student, optimizer, ema)
-    for index in run.steps():
-        batch = paired_batch(config.batch, config.side, *run.key(index)).to(run.device)
-        t = logit_normal_time(config.batch, config.time_shift, run.device)
-        eps = torch.randn_like(batch.target)
-        with run.accelerator.autocast():
-            velocity = lambda x, time: student(x, time, batch.instruction, batch.reference)
-            loss = flow_matching_loss(velocity, batch.target, t, eps).mean()
-        loss.backward()
-        norm, fine = optimizer.step(index, run.accelerator)
-        ema.update(student, index)
-        run.metrics.update(loss=loss.item(), gradient_norm=norm, skipped=float(not fine), calls=config.batch)
-        yield run.done(index)
-    student.load_state_dict(ema.shadow)
-    if run.accelerator.is_main_process:
-        student.save_pretrained(run.folder / "model")
+    accelerator = begin(config, accelerator)
+    yield from train(SFT(config, load_dit(config.student, accelerator.device)), WorldData(config), config, accelerator)

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Pre
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from vlmedit.data.world import GROUND_CLASSES
 from vlmedit.networks.dit import attend
+from vlmedit.world.scene import GROUND_CLASSES
 
 
 class JudgeConfig(PretrainedConfig):

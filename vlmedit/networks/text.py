@@ -1,38 +1,9 @@
-"""Words to vectors: the suite's tokenizer (one token per word) and the text encoder inside the DiT."""
+"""Words to vectors: the text encoder inside the DiT."""
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
-
-from vlmedit.world.language import vocabulary
-
-PAD, UNK, YES, NO, END = "[pad]", "[unk]", "yes", "no", "[end]"
-SPECIAL = (PAD, UNK, YES, NO, END)
-
-
-@cache
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The word-level tokenizer of the shape world, a transformers fast tokenizer with right padding."""
-    words = (*SPECIAL, *(w for w in vocabulary() if w not in SPECIAL))
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=UNK))
-    core.normalizer = normalizers.Lowercase()
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, unk_token=UNK, eos_token=END, padding_side="right")
-
-
-def encode(texts: list[str], length: int, tokenizer: PreTrainedTokenizerFast | None = None) -> Tensor:
-    """Token ids (B, length), right-padded. Raises ValueError for a text longer than `length` words."""
-    tokenizer = tokenizer or build_tokenizer()
-    ids = tokenizer(texts, padding="max_length", max_length=length)["input_ids"]
-    longest = max(range(len(texts)), key=lambda i: len(ids[i]), default=None)
-    if longest is not None and len(ids[longest]) > length:
-        raise ValueError(f"a text of {len(ids[longest])} words, at most {length} fit: {texts[longest]!r}")
-    return torch.tensor(ids)
 
 
 class TextEncoder(nn.Module):

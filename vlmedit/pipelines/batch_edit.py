@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
+from vlmedit.errors import ImpossibleEdit, InputError, UnknownInstruction
 from vlmedit.io import (
-    InputError,
     Picture,
     Request,
     check_ending,
@@ -30,9 +29,10 @@ from vlmedit.io import (
     save_json,
     save_picture,
     strip,
+    to_tensor,
 )
-from vlmedit.world.edits import Edit, ImpossibleEdit, check_edit
-from vlmedit.world.language import UnknownInstruction, grammar, parse_instruction
+from vlmedit.world.edits import Edit, check_edit
+from vlmedit.world.language import grammar, parse_instruction
 
 ABOUT = "editor.json"  # what `vlmedit export` says of its folder [real/export.py]
 RELIABLE_PSNR = 22.0  # dB to the oracle's nearest valid render, from which its reading may refuse an edit
@@ -65,7 +65,7 @@ class Job:
 def find_exported(model: str, trust: bool = False):
     """The exported editor of real models that a folder or an id of the Hub holds; None for anything else, such as the miniature's. Raises
     `InputError` for one that cannot be used, and for real models that were not exported."""
-    from vlmedit.networks.hub import looks_like_id
+    from vlmedit.networks.checks import looks_like_id
 
     folder = Path(model)
     if model == "shapes" or not (folder.is_dir() or looks_like_id(model)):
@@ -161,7 +161,7 @@ def impossible(ready: list[tuple[Request, Picture, Edit]]) -> list[str]:
 
     from vlmedit.world.oracle import parse
 
-    views = torch.from_numpy(np.stack([np.asarray(p.view) for _, p, _ in ready])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    views = torch.stack([to_tensor(p.view) for _, p, _ in ready])
     problems = []
     for (request, _, edit), reading in zip(ready, parse(views)):
         if reading.manifold_psnr >= RELIABLE_PSNR:

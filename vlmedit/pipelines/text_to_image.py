@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from vlmedit import flow
 from vlmedit.networks.dit import DiT
-from vlmedit.networks.text import UNK, build_tokenizer, encode
+from vlmedit.world.tokenizer import UNK, build_tokenizer, encode
 
 
 def caption_ids(captions: Sequence[str], length: int) -> Tensor:
@@ -41,7 +40,7 @@ def generate(
     """Pictures (B, C, S, S) in [-1, 1] for captions, given as texts or ids (B, L). A list of generators holds one per picture."""
     side, channels, length = dit.config.side, dit.config.channels, dit.config.text_length
     ids = (captions if isinstance(captions, Tensor) else caption_ids(captions, length)).to(dit.device)
-    noise = randn_tensor((len(ids), channels, side, side), generator=generator, device=dit.device, dtype=dit.dtype)
+    noise = flow.noise_like((len(ids), channels, side, side), generator, dit.device, dit.dtype)
     guided = guidance != 1
     text = dit.encode_text(torch.cat((ids, torch.zeros_like(ids))) if guided else ids)
 

@@ -19,8 +19,9 @@ from urllib.parse import quote
 
 import nbformat
 
-from vlmedit.io import InputError
-from vlmedit.teaching.notebook import checkout, without_outputs
+from vlmedit.errors import InputError
+from vlmedit.teaching.notebook import checkout
+from vlmedit.teaching.workshop import without_outputs
 
 BRANCH = "colab"
 BEGIN, END = "<!-- badges:begin -->", "<!-- badges:end -->"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import nbformat
 
-from vlmedit.io import InputError
+from vlmedit.errors import InputError
 
 PACKAGE = Path(str(files("vlmedit"))).resolve()
 FOLDER = (

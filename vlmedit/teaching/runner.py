@@ -25,8 +25,9 @@ from pathlib import Path
 
 import nbformat
 
+from vlmedit.errors import InputError
 from vlmedit.extras import need
-from vlmedit.io import InputError, check_writable, save_json
+from vlmedit.io import check_writable, save_json
 from vlmedit.teaching.checking import recorded
 from vlmedit.teaching.notebook import FOLDER, Notebook, code_hash, read, refreshed, without_outputs
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import nbformat
 
-from vlmedit.io import InputError
+from vlmedit.errors import InputError
 from vlmedit.teaching import checking, exercises
 from vlmedit.teaching.notebook import checkout, without_outputs
 

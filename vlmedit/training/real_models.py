@@ -13,59 +13,45 @@ Shapes: pictures (B, 3, H, W) in [-1, 1]; latents (B, C, h, w). Deviates from th
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
-from PIL import Image
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch._dynamo import list_backends
 
 from vlmedit import io as pictures
-from vlmedit.config import ConfigError
-from vlmedit.data.manifest import Feed, book_of, check_questions, read_manifest
-from vlmedit.data.requests import Book
-from vlmedit.data.world import UnpairedBatch, rng_for, seed_torch
+from vlmedit.data.batches import UnpairedBatch
+from vlmedit.data.manifest import Feed, check_questions, read_manifest, texts_of
 from vlmedit.equations.unroll import draw_times
+from vlmedit.errors import ConfigError, InputError
 from vlmedit.flow import flow_matching_loss, guide, logit_normal_time
-from vlmedit.io import InputError, check_space, save_json
+from vlmedit.io import save_json, to_image
 from vlmedit.methods.npedit import NPEdit
-from vlmedit.networks.load import (
-    check_backbone,
-    check_judge,
-    check_start,
-    encoder_of,
-    frozen_dtype,
-    load_backbone,
-    load_codec,
-    load_judges,
-    load_roles,
-    placed,
-)
+from vlmedit.networks.checks import check_backbone, check_judge, check_start
+from vlmedit.networks.load import load_backbone, load_codec, load_judges, load_roles, placed, prompts_of, save_student
 from vlmedit.networks.lora import Roles
-from vlmedit.networks.prompt_cache import PromptCache, pipeline_encoder
-from vlmedit.networks.prompts import TextBank
-from vlmedit.networks.sharding import DTensor, Whole, wanted
-from vlmedit.pipelines.export import save_student
-from vlmedit.pipelines.shapes import quiet
-from vlmedit.testing.tiny_data import PREFIX, made
-from vlmedit.training import engine
-from vlmedit.training.engine import EMA, Checkpoints, Optimizer, Run, Step, average_gradients
+from vlmedit.networks.prompt_cache import encoded
+from vlmedit.networks.prompts import PromptEmbeddings, PromptTable
+from vlmedit.networks.quiet import quiet
+from vlmedit.protocols import Prompts
+from vlmedit.seeds import rng_for, seed_torch
+from vlmedit.testing import PREFIX, resolve
+from vlmedit.training.checkpoints import Checkpoints
+from vlmedit.training.gathered import Gathered, wanted
+from vlmedit.training.offload import Offloaded
+from vlmedit.training.optimizer import EMA, Optimizer, adamw
+from vlmedit.training.run import Step, make_accelerator
 from vlmedit.training.settings import CopyConfig, RealConfig
-from vlmedit.training.trackers import Trackers, check_trackers
+from vlmedit.training.trackers import Trackers
 
 STRIP = 4  # pictures of a strip
-PATIENCE = timedelta(hours=6)  # that processes wait for each other; the default, ten minutes, is less than encoding or loading may differ by
 MODE_FILE = "student.json"  # beside a saved student: the mode it was trained in
 
 
@@ -84,32 +70,6 @@ class Guided(nn.Module):
         return guide(v, self.teacher(x, t, torch.zeros_like(text)), self.scale.to(x).view(-1, 1, 1, 1))
 
 
-class Waiting:
-    """A module whose weights stay on the CPU until they are called for. Frozen weights are never copied back, trained ones are."""
-
-    def __init__(self, module: nn.Module, device: torch.device):
-        self.module, self.device, self.homes = module, device, {}
-        for m in module.modules():
-            for name, buffer in m._buffers.items():  # small, and asked where the module is
-                m._buffers[name] = buffer if buffer is None else buffer.to(device)
-
-    def enter(self) -> None:
-        if self.homes:
-            return
-        for p in self.module.parameters():
-            self.homes[p] = p.data
-            p.data = p.data.to(self.device, non_blocking=True, copy=True)
-            if p.grad is not None:
-                p.grad = p.grad.to(self.device)
-
-    def leave(self) -> None:
-        for p, home in self.homes.items():
-            p.data = home.copy_(p.data) if p.requires_grad else home
-            if p.grad is not None:
-                p.grad = p.grad.to(home.device)
-        self.homes = {}
-
-
 PRESENT = {  # who is needed while a part of the update runs; the student's graph waits from its unroll to its backward
     "data": (), "student": ("student",), "rollout": ("student",), "teacher": ("student", "teacher", "fake"), "judge": ("student", "judge"), "fake": ("fake",),
 }  # fmt: skip
@@ -121,9 +81,9 @@ class RealEdit(NPEdit):
     def __init__(self, config: RealConfig, roles: Roles, judge: nn.Module, codec, device: torch.device):
         always = config.guidance != 1 or (config.guidance_strong != 1 and bool(config.strong_types))
         super().__init__(config.npedit(), roles.student, roles.fake, Guided(roles.teacher, always), judge, codec)
-        self.real, self.seconds = config, {}
+        self.real, self.seconds, self.part = config, {}, self.clock
         modules = dict(student=roles.student, fake=roles.fake, teacher=roles.teacher, judge=judge)
-        self.waiting = {role: Waiting(modules[role], device) for role in config.offload}
+        self.waiting = {role: Offloaded(modules[role], device) for role in config.offload}
         for role in {"student", "fake"} & self.waiting.keys():
             self.waiting[role].enter()  # optimizers and averages are made, or restored, where their weights are
 
@@ -145,89 +105,43 @@ class RealEdit(NPEdit):
         return super().output_gradients(batch, output, step)
 
 
-class RealOptimizer(Optimizer):
-    """AdamW over everything that is trained, in 32 or 8 bits, or the miniature's Muon; gradients of accumulated batches are averaged."""
-
-    def __init__(self, model: nn.Module, config: RealConfig, lr: float | None = None):
-        if config.optimizer == "muon":
-            super().__init__(model, config, lr)
-            return
-        self.model, self.config, self.lr = model, config, lr or config.lr
-        params = [p for p in model.parameters() if p.requires_grad]
-        self.parts = [adamw(config.optimizer)(params, lr=self.lr, betas=config.betas, weight_decay=config.weight_decay)]
-
-    def gather(self, accelerator: Accelerator) -> float:
-        params = [p for p in self.model.parameters() if p.grad is not None]
-        if self.config.accumulate > 1:
-            torch._foreach_mul_([p.grad for p in params], 1 / self.config.accumulate)
-        if not any(isinstance(p, DTensor) for p in params):  # shards come averaged
-            average_gradients(params, accelerator)
-        norm = nn.utils.clip_grad_norm_(params, self.config.clip)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
-def adamw(name: str):
-    """The optimizer's class. Raises ConfigError where bitsandbytes is not installed."""
-    if name in ("adamw", "muon"):
-        return torch.optim.AdamW
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"optimizer is {name!r}, which needs bitsandbytes, and that is not installed (pip install bitsandbytes); or use optimizer=adamw")
-    import bitsandbytes
-
-    return {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}[name]
-
-
-def make_accelerator(config: RealConfig) -> Accelerator:
-    """One of the run's precision, with its trackers."""
-    check_trackers(config.trackers)
-    return engine.make_accelerator(config, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], log_with=list(config.trackers) or None, project_dir=config.out)
-
-
-class RealCheckpoints(Checkpoints):
-    """As the engine's, of modules that may be sharded and with the data position; every process takes part in saving."""
-
-    IGNORED = (*Checkpoints.IGNORED, "trackers", "strip_every", "compile", "checkpointing", "offload", "sharding", "text_cache")
-
-    def save(self, step: int) -> None:
-        if not self.accelerator.is_main_process:  # the order of gathering is `save`'s own
-            for module in self.modules.values():
-                module.state_dict()
-            for ema in self.averages.values():
-                _ = ema.shadow
-            for optimizer in self.optimizers.values():
-                optimizer.state_dict()
-        super().save(step)
-        self.accelerator.wait_for_everyone()
-
-
-class RealRun(Run):
-    """The frame of a real run."""
+class RealRun:
+    """The frame of a real run: folder, checkpoints, log. `steps()` yields the update indices still to do."""
 
     def __init__(self, config: RealConfig, accelerator: Accelerator | None = None):
-        super().__init__(config, accelerator or make_accelerator(config))
-        self.checkpoints = RealCheckpoints(config, self.accelerator)
+        self.config, self.accelerator = config, accelerator or make_accelerator(config)
+        self.device, self.folder = self.accelerator.device, Path(config.out)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = Checkpoints(config, self.accelerator)
         self.writer: Trackers | None = None
 
-    def register(self, name: str, module: nn.Module, optimizer=None, ema=None) -> None:
-        hold = lambda thing: None if thing is None else Whole(thing, self.accelerator.is_main_process)
-        super().register(name, hold(module), hold(optimizer), hold(ema))
-
     def steps(self) -> Iterator[int]:
+        start = self.checkpoints.resume()
+        if self.accelerator.is_main_process:
+            self.config.save(self.folder / "config.json")
+            if self.config.trackers and start < self.config.steps:
+                self.writer = Trackers(self.accelerator, self.config, start)
         try:
-            for index in super().steps():
-                if self.writer:
-                    self.writer.send()
+            for index in range(start, self.config.steps):
+                seed_torch("update", self.config.seed, index, self.accelerator.process_index)
+                began = time.process_time()
+                self.metrics: dict[str, float] = {}
                 yield index
+                self.metrics["cpu_seconds"] = time.process_time() - began
+                if self.writer:
+                    self.writer.log(self.metrics, index + 1)
+                if (index + 1) % self.config.save_every == 0 or index + 1 == self.config.steps:
+                    self.checkpoints.save(index + 1)
         finally:
             if self.writer:
                 self.writer.close()
 
-    def _writer(self) -> Trackers | None:
-        if self.config.trackers and self.start < self.config.steps and self.accelerator.is_main_process:
-            self.writer = Trackers(self.accelerator, self.config, self.start)
-        return self.writer
+    def done(self, index: int, **shown: Tensor) -> Step:
+        """The record of an update."""
+        skipped = bool(self.metrics.get("skipped", 0))
+        return Step(index + 1, self.config.steps, dict(self.metrics), skipped, {k: v.detach().cpu() for k, v in shown.items()})
 
-    def show(self, index: int, batch: UnpairedBatch, output: Tensor, prompts: Book) -> None:
+    def show(self, index: int, batch: UnpairedBatch, output: Tensor, prompts: Prompts) -> None:
         """A strip of references and edits, into `out`/strips and the trackers."""
         if not self.accelerator.is_main_process:
             return
@@ -242,17 +156,12 @@ class RealRun(Run):
             self.writer.add_strip(strip, index + 1)
 
 
-def to_image(picture: Tensor) -> Image.Image:
-    pixels = ((picture.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
-
 def prepared(config: RealConfig, folder: Path | None = None) -> RealConfig:
     """The settings with every "tiny:" place made, in `folder`; by default in the run's own."""
     folder = folder or Path(config.out) / "tiny"
     return dataclasses.replace(
-        config, backbone=made(config.backbone, folder, "backbone"), judge=tuple(made(j, folder, "judge") for j in config.judge), data=made(config.data, folder, "data"),
-        start=config.start and made(config.start, folder, "start"),
+        config, backbone=resolve(config.backbone, folder, "backbone"), judge=tuple(resolve(j, folder, "judge") for j in config.judge),
+        data=resolve(config.data, folder, "data"), start=config.start and resolve(config.start, folder, "start"),
     )  # fmt: skip
 
 
@@ -289,53 +198,6 @@ def recorded_mode(model: Path) -> bool | None:
     return None
 
 
-def encoded(config: RealConfig, prompts: Book, accelerator: Accelerator) -> TextBank:
-    """The bank of all prompts. Each process encodes its share of what the cache lacks, into a part of its own; the main process gathers the
-    parts, those of an interrupted run too. Raises `InputError` where the disk is too small for the rest."""
-    dtype = frozen_dtype(config)
-    folder = Path(config.text_cache or Path(config.out) / "text")
-    about = encoder_of(config)
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    if accelerator.is_main_process:
-        gather_parts(folder, about)
-    accelerator.wait_for_everyone()
-    if todo := PromptCache(folder, about).lacking(prompts.texts):
-        encode = pipeline_encoder(config.backbone, accelerator.device, dtype, config.text_length, config.trust_remote_code)
-        check_space(folder, encoded_bytes(todo, encode))
-        accelerator.wait_for_everyone()  # all have looked before one writes
-        for done in PromptCache(folder if processes == 1 else folder / f"part-{rank:03d}", about).fill(todo[rank::processes], encode):
-            accelerator.print(f"encoded {min(done * processes, len(todo))} of {len(todo)} prompts")
-        del encode
-        if accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            gather_parts(folder, about)
-        accelerator.wait_for_everyone()
-    return PromptCache(folder, about).bank(prompts.texts)
-
-
-def encoded_bytes(texts: list[str], encode: Callable[[list[str]], TextBank], sample: int = 8) -> int:
-    """What the states of these prompts will take on disk, from the first few in an even spread."""
-    some = texts[:: -(-len(texts) // sample)]
-    bank = encode(some)
-    return sum(x.numel() * x.element_size() for x in (*bank.states, *(bank.pooled or ()))) * len(texts) // len(some)
-
-
-def gather_parts(folder: Path, about: dict) -> None:
-    """Move the shards of every `part-*` folder into the cache, each a file of states and then, last, its .json: what is cut short is whole."""
-    for part in sorted(folder.glob("part-*")):
-        PromptCache(part, about)  # refuses another encoder's
-        save_json(about, folder / "encoder.json")
-        for lengths in sorted(part.glob("[0-9]*.json")):
-            states = lengths.with_suffix(".safetensors")
-            if states.is_file():
-                place = folder / f"{len(list(folder.glob('[0-9]*.json'))):06d}"
-                os.replace(states, place.with_suffix(".safetensors"))
-                os.replace(lengths, place.with_suffix(".json"))
-        shutil.rmtree(part)
-
-
 @contextmanager
 def told() -> Iterator[None]:
     """What loading finds wrong with a model, as one message instead of a traceback; no loading bars."""
@@ -348,16 +210,16 @@ def told() -> Iterator[None]:
         raise InputError(f"{error}") from error
 
 
-def load_student(config: RealConfig, bank: TextBank, accelerator: Accelerator, sharded: bool = False) -> nn.Module:
+def load_student(config: RealConfig, prompts: PromptEmbeddings | None, accelerator: Accelerator, sharded: bool = False) -> nn.Module:
     """The student alone, in its place. With adapters it is an adapter of the shared base; the fake score's, a few MB, lies idle beside it."""
     if config.roles == "adapters":
-        return load_roles(config, bank, accelerator, sharded).student
-    return placed(load_backbone(config, bank, torch.float32, config.start), config, accelerator, sharded)
+        return load_roles(config, prompts, accelerator, sharded).student
+    return placed(load_backbone(config, prompts, torch.float32, config.start), config, accelerator, sharded)
 
 
 class Setup:
     """What both stages share: rows, prompts, run, codec, feed, and who is trained: `roles` where there is a judge, otherwise the `student`
-    alone. `blank` is the number of the empty prompt, for text dropout."""
+    alone. `blank` (1, L) is the empty prompt, for text dropout."""
 
     def __init__(self, config: RealConfig, accelerator: Accelerator | None = None, judged: bool = True):
         check(config, judged)
@@ -371,20 +233,20 @@ class Setup:
         self.run = run = RealRun(config, accelerator)
         run.checkpoints.check()
         self.sharded = wanted(config, run.accelerator)
-        self.prompts, self.questions = book_of(rows, config.negative_prompt), Book()
-        self.blank = None if judged else self.prompts.number("")
+        self.prompts, self.questions = prompts_of(config, texts_of(rows)), PromptTable()
+        self.blank = None if judged else self.prompts.ids([""]).to(run.device)
         process = run.accelerator.process_index, run.accelerator.num_processes
         self.feed = Feed(rows, config, self.prompts, self.questions, *process, device=run.device)
         run.checkpoints.optimizers["data"] = self.feed.order  # its position is saved with the optimizers
-        self.bank = encoded(config, self.prompts, run.accelerator)
+        self.embeddings = encoded(config, self.prompts, run.accelerator) if isinstance(self.prompts, PromptTable) else None
         self.codec = load_codec(config, run.device)
-        self.roles = load_roles(config, self.bank, run.accelerator, self.sharded) if judged else None
-        self.student = self.roles.student if judged else load_student(config, self.bank, run.accelerator, self.sharded)
+        self.roles = load_roles(config, self.embeddings, run.accelerator, self.sharded) if judged else None
+        self.student = self.roles.student if judged else load_student(config, self.embeddings, run.accelerator, self.sharded)
 
     def finish(self, student: nn.Module, ema: EMA | None) -> None:
         """Write the (averaged) student to `out`/model."""
         main = self.run.accelerator.is_main_process
-        state = Whole(ema, main).shadow if ema else Whole(student, main).state_dict()
+        state = Gathered(ema, main).shadow if ema else Gathered(student, main).state_dict()
         if main:
             save_json({"omni": self.config.omni}, save_student(student, state, self.run.folder / "model") / MODE_FILE)
         self.run.accelerator.wait_for_everyone()
@@ -405,15 +267,15 @@ def train_real(config: RealConfig, accelerator: Accelerator | None = None) -> It
     yield from train_loaded(setup, judge)
 
 
-def train_loaded(setup: Setup, judge: nn.Module, update: Callable[..., RealEdit] = RealEdit, optimize: Callable[..., RealOptimizer] = RealOptimizer) -> Iterator[Step]:
+def train_loaded(setup: Setup, judge: nn.Module, update: Callable[..., RealEdit] = RealEdit, optimize: Callable[..., Optimizer] = Optimizer) -> Iterator[Step]:
     """The loop of `train_real` over what is loaded already. `update` and `optimize` build what computes and what steps, for a caller who
     measures them (papers/performance.py)."""
     run, roles, config = setup.run, setup.roles, setup.config
     edit = update(config, roles, judge, setup.codec, run.device)
     optimizer, fake_optimizer = optimize(roles.student, config), optimize(roles.fake, config, config.fake_lr)
     ema = EMA(roles.student, config.ema) if config.ema else None
-    run.register("model", roles.student, optimizer, ema)
-    run.register("fake", roles.fake, fake_optimizer)
+    run.checkpoints.register("model", roles.student, optimizer, ema)
+    run.checkpoints.register("fake", roles.fake, fake_optimizer)
     updates = config.fake_updates if config.dmd_weight else 0
     for index in run.steps():
         edit.seconds.clear()
@@ -472,9 +334,9 @@ def train_copy(config: CopyConfig, accelerator: Accelerator | None = None) -> It
     with told():
         setup = Setup(config, accelerator, judged=False)
     run, student, config, codec = setup.run, setup.student, setup.config, setup.codec
-    optimizer = RealOptimizer(student, config)
+    optimizer = Optimizer(student, config)
     ema = EMA(student, config.ema) if config.ema else None
-    run.register("model", student, optimizer, ema)
+    run.checkpoints.register("model", student, optimizer, ema)
     for index in run.steps():
         parts, measured = setup.feed.parts(index), []
         for number, batch in parts:
@@ -483,7 +345,7 @@ def train_copy(config: CopyConfig, accelerator: Accelerator | None = None) -> It
                 with torch.no_grad():
                     clean = codec.encode(batch.reference)
                 dropped = torch.rand(len(clean), 1, device=clean.device) < config.text_dropout
-                text = student.encode_text(batch.reference_caption.masked_fill(dropped, setup.blank))
+                text = student.encode_text(torch.where(dropped, setup.blank, batch.reference_caption))
                 t = logit_normal_time(len(clean), config.time_shift, clean.device)
                 loss = flow_matching_loss(lambda x, time: student(x, time, text, clean), clean, t, torch.randn_like(clean)).mean()
             loss.backward()

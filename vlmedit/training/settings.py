@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmedit.config import ConfigError, NPEditConfig, TrainConfig
-from vlmedit.data.requests import QUESTIONS
+from vlmedit.config import TIERS, Settings
+from vlmedit.errors import ConfigError
+from vlmedit.methods.npedit import NPEditConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BUCKETS = ("512x512", "576x448", "448x576", "640x384", "384x640", "512x384", "384x512")  # width x height [R]
@@ -29,10 +31,16 @@ OFFLOADED = ("student", "fake", "teacher", "judge")
 SHARDING = ("auto", "fsdp2", "none")
 MATCHING = ("dmd", "sid", "pseudo-huber")  # the others read features that only the miniature's networks show
 TRACKERS = ("tensorboard", "wandb", "trackio")
+QUESTIONS = ("released", "shapes")  # the names of the table in requests.py, in its order: a test compares them
+
+
+MACHINE = (  # what may differ between runs that share a checkpoint
+    "out", "save_every", "steps", "trackers", "strip_every", "compile", "checkpointing", "offload", "sharding", "text_cache",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class RealConfig(TrainConfig):
+class RealConfig(Settings):
     """NP-Edit on real models. Places are folders or ids of the Hub; "tiny:NAME" builds one of vlmedit.testing.random_models."""
 
     out: str = "runs/real"
@@ -54,6 +62,9 @@ class RealConfig(TrainConfig):
     text_cache: str | None = None  # folder of encoded prompts; none is `out`/text
     text_length: int = 512  # tokens, where the pipeline lets one choose; its default is usually 512
     # updates
+    seed: int = 0
+    clip: float = 2.0  # gradient norm [R]
+    spike: float = 300.0  # gradient norm above which an update is skipped [R]
     steps: int = 14_000  # [R]
     batch: int = 1  # per process [R]
     accumulate: int = 1  # batches per update and process [R]
@@ -100,6 +111,11 @@ class RealConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.check_counts("steps", "batch", "save_every")
+        if self.spike <= 0:
+            raise ConfigError(f"spike is {self.spike}; it must be positive")
+        if self.gain_steps < 0:
+            raise ConfigError(f"gain_steps is {self.gain_steps}; it must be at least 0")
         self.npedit()  # its checks hold here too
         self.check_choices(roles=ROLES, optimizer=OPTIMIZERS, sharding=SHARDING, matching=MATCHING, questions=QUESTIONS, codec_precision=("fp32", "bf16"))
         for name, allowed in dict(checkpointing=CHECKPOINTED, offload=OFFLOADED, trackers=TRACKERS).items():
@@ -125,8 +141,25 @@ class RealConfig(TrainConfig):
     def npedit(self) -> NPEditConfig:
         """What `NPEdit` reads, as its own configuration; guidance is the teacher's matter here, by edit type."""
         names = {f.name for f in dataclasses.fields(self)} & {f.name for f in dataclasses.fields(NPEditConfig)}
-        ours = {n: getattr(self, n) for n in names - {"guidance", "judge"}}
-        return NPEditConfig(**ours, guidance=1.0)
+        ours = {n: getattr(self, n) for n in names - {"guidance", "judge", "data"}}
+        return NPEditConfig(**ours, guidance=1.0, skip_above=self.spike, logit_gain_steps=self.gain_steps)
+
+    @property
+    def skip_above(self) -> float:
+        """What `Optimizer` calls `spike`."""
+        return self.spike
+
+    def flat(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.flat(), indent=2) + "\n")
+
+    def differences(self, saved: dict) -> dict[str, tuple]:
+        """As `TrainConfig.differences`."""
+        plain = lambda values: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        then, now = plain(type(self)().flat() | saved), plain(self.flat())
+        return {n: (then.get(n), now[n]) for n in now if n not in MACHINE and then.get(n) != now[n]}
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -138,7 +171,14 @@ class RealConfig(TrainConfig):
         """As for every stage; `side` raises ConfigError, because real pictures come in buckets."""
         if "side" in overrides:
             raise ConfigError(f"side is {overrides['side']!r}; a real run's pictures come in buckets: buckets=512x512")
-        return super().make(tier, **overrides)
+        if tier not in TIERS:
+            raise ConfigError(f"unknown tier {tier!r}; known: {', '.join(TIERS)}")
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in overrides:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 3) or known
+                raise ConfigError(f"unknown config key {key!r} of {cls.__name__}; nearest: {', '.join(near)}")
+        return cls(**{**cls.tiers().get(tier, {}), **overrides})
 
     @classmethod
     def tiers(cls) -> dict[str, dict]:

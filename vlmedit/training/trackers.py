@@ -1,10 +1,9 @@
-"""Trackers of a run on real models: accelerate's TensorBoard, W&B and trackio. A resumed run goes on in the tracker's own run; a tracker that
+"""Trackers of a run: accelerate's TensorBoard, W&B and trackio. A resumed run goes on in the tracker's own run; a tracker that
 cannot start is one error before anything is loaded, and one that fails later is left out.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -18,9 +17,9 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from PIL import Image
 
-from vlmedit.config import ConfigError
+from vlmedit.config import TrainConfig
+from vlmedit.errors import ConfigError
 from vlmedit.io import save_json
-from vlmedit.training.settings import RealConfig
 
 
 def check_wandb() -> None:
@@ -47,14 +46,14 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """accelerate's trackers behind the writer that `Run` expects: an update's scalars as one message. They are started only where they are
-    heard, on the main process. One that fails later is left out, and the run goes on."""
+    """accelerate's trackers. They are started only where they are heard, on the main process. One that fails later is left out, and the run
+    goes on."""
 
-    def __init__(self, accelerator: Accelerator, config: RealConfig, start: int):
-        self.accelerator, self.scalars, self.step = accelerator, {}, start
+    def __init__(self, accelerator: Accelerator, config: TrainConfig, start: int):
+        self.accelerator = accelerator
         self.close()  # those of an earlier run with this accelerator that was not finished
         name, out = tracked_name(Path(config.out), start), Path(config.out)
-        settings = json.loads(json.dumps(dataclasses.asdict(config)))
+        settings = json.loads(json.dumps(config.flat()))
         how = {
             "tensorboard": dict(purge_step=start + 1),  # what a killed run wrote after its checkpoint comes again
             "wandb": dict(id=name, name=name, dir=str(out), resume="allow"),
@@ -71,16 +70,9 @@ class Trackers:
             elif tracker.name == "tensorboard":  # as words: of settings it makes a run of its own
                 tracker.log({"config": "    " + json.dumps(settings, indent=2).replace("\n", "\n    ")}, step=start)
 
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        if step != self.step:
-            self.send()
-        self.step, self.scalars[name] = step, value
-
-    def send(self) -> None:
-        """Hand over the update's scalars."""
-        scalars, self.scalars = self.scalars, {}
-        if scalars:
-            self.each(lambda tracker: tracker.log(scalars, step=self.step))
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        """An update's numbers, as one message."""
+        self.each(lambda tracker: tracker.log(scalars, step=step))
 
     def add_strip(self, strip: Image.Image, step: int) -> None:
         def show(tracker) -> None:
@@ -105,7 +97,6 @@ class Trackers:
 
     def close(self) -> None:
         """Finish the trackers alone: accelerate's `end_training` would take the processes' connection with them, before the weights are gathered."""
-        self.send()
         self.each(lambda tracker: tracker.finish())
         self.accelerator.trackers.clear()
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
+from vlmedit.errors import ImpossibleEdit
 from vlmedit.world.scene import (
     BACKGROUNDS,
     COLORS,
@@ -44,10 +45,6 @@ class Edit:
     background: str | None = None
     side: str | None = None
     style: str | None = None
-
-
-class ImpossibleEdit(ValueError):
-    """The edit cannot be made on this scene: the message says why and what would be possible."""
 
 
 def side_reached(thing: Thing, side: str) -> bool:

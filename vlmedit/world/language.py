@@ -17,6 +17,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
+from vlmedit.errors import UnknownInstruction
 from vlmedit.world.edits import Edit
 from vlmedit.world.scene import BACKGROUNDS, COLORS, SHAPES, SIDES, STYLES, TEXTURES, Scene, Thing
 
@@ -33,10 +34,6 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "customise": ("show the {thing} on a {background} background", "show the {thing} on a {background} background with a {new}"),
 }
 SYNONYMS = {"colour": "color", "gray": "grey", "recolour": "color", "recolor": "color", "plus": "cross", "disc": "circle", "an": "a", "violet": "purple", "turquoise": "cyan"}
-
-
-class UnknownInstruction(ValueError):
-    """The text is not an instruction of the world's grammar; the message names the nearest known words."""
 
 
 def _any(words) -> str:

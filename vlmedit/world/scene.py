@@ -30,6 +30,7 @@ BACKGROUNDS = {
     "beige": (0.88, 0.78, 0.58),
 }
 STYLES = ("plain", "pastel", "night")
+GROUND_CLASSES = (len(SHAPES) + 1, len(COLORS) + 1, len(TEXTURES) + 1)  # of a patch of a picture, each with "nothing"
 SIDES = {"left": (0.2, None), "right": (0.8, None), "top": (None, 0.2), "bottom": (None, 0.8)}
 
 MARGIN = 0.045  # free border around every thing; the oracle reads the background there

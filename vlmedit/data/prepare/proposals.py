@@ -1,7 +1,8 @@
 """What a model is asked about a picture in `vlmedit data prepare`, and which answers are taken.
 
-The paper has instructions proposed per edit category, checked, and captions written [arXiv:2510.14978, Sec. 4]; its prompts are not
-published, these are ours. An answer is read as it is or refused with one of REASONS: nothing is guessed or repaired.
+The paper has instructions proposed per edit category, checked, and captions written [arXiv:2510.14978, Sec. 4]; its
+prompts are not published, these are ours. An answer is read as it is or refused with one of REASONS: nothing is guessed
+or repaired.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Refused(ValueError):
 
 
 def fields_of(text: str, *names: str) -> tuple[str, ...]:
-    """The text fields of the first JSON object in an answer; fences and words around it do not matter. Raises ValueError without them."""
+    """The text fields of the first JSON object in an answer; fences and words around it do not matter. Raises
+    ValueError without them."""
     decoder = json.JSONDecoder()
     for at in (m.start() for m in re.finditer(r"\{", text)):
         try:

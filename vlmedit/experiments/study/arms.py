@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vlmedit.io import InputError
+from vlmedit.errors import InputError
 
 
 class Share(float):
@@ -59,9 +59,10 @@ def schooled(size: str, updates: int = 1500, watched: int = 1, editor: Mapping =
 
 
 ALONE = dict(dmd_weight=0.0)  # judge only
+BOTH = dict(judge=(Role("judge"), Role("other")))
 
 
-# How a model is used: settings of `evaluate.evaluate_student`, or with an `editor` of `training_free.edit_by_captions`.
+# How a model is used: settings of `evaluation.editing.evaluate_student`, or with an `editor` of its `edit_by_captions`.
 WAYS = {
     "1 step": dict(steps=1),
     "2 steps": dict(steps=2),
@@ -137,7 +138,7 @@ STUDIES: dict[str, Study] = {
             "bare questions": npedit(wording="bare"),
             "augmented pictures": npedit(augment=True),
             "another judge": schooled("small"),
-            "both judges": Arm((Part("judge", OTHER, updates=1500, gives="second"), Part("npedit"))),
+            "both judges": Arm((Part("judge", OTHER, updates=1500, gives="other"), Part("npedit", BOTH))),
         },
     ),
     "hacking": Study(
@@ -148,7 +149,7 @@ STUDIES: dict[str, Study] = {
             "augmented pictures": npedit(watched=4, augment=True, **ALONE),
             "small judge": schooled("small", watched=4, editor=ALONE),
             "small judge (never attacked)": schooled("small", watched=4, editor=ALONE, attack_share=0.0),
-            "both judges": Arm((Part("judge", OTHER, updates=1500, gives="second"), Part("npedit", ALONE)), watched=4),
+            "both judges": Arm((Part("judge", OTHER, updates=1500, gives="other"), Part("npedit", BOTH | ALONE)), watched=4),
             "begun again halfway": Arm((Part("npedit", ALONE, share=0.5), Part("npedit", ALONE, share=0.5)), watched=2),
             "judge relearns halfway": Arm(
                 (
@@ -164,12 +165,12 @@ STUDIES: dict[str, Study] = {
         "what other ways without a pair reach, and what synthetic pairs are worth",
         {
             "NP-Edit": npedit(),
-            "CycleGAN-Turbo": Arm((Part("cyclegan"),)),
+            "CycleGAN-Turbo": Arm((Part("cyclegan_turbo"),)),
             "Bootstrap Your Generator": Arm((Part("bootstrap"),)),
-            "synthetic pairs": Arm((Part("synthetic"),)),
-            "synthetic pairs (nobody chooses)": Arm((Part("synthetic", dict(threshold=0.0)),)),
-            "synthetic pairs (twins)": Arm((Part("synthetic", dict(maker="twins")),)),
-            "synthetic pairs + NP-Edit": Arm((Part("synthetic", share=0.5), Part("npedit", share=0.5))),
+            "synthetic pairs": Arm((Part("synthetic_pairs"),)),
+            "synthetic pairs (nobody chooses)": Arm((Part("synthetic_pairs", dict(threshold=0.0)),)),
+            "synthetic pairs (twins)": Arm((Part("synthetic_pairs", dict(pair_editor="twins")),)),
+            "synthetic pairs + NP-Edit": Arm((Part("synthetic_pairs", share=0.5), Part("npedit", share=0.5))),
             "paired SFT": Arm((Part("sft"),)),
         },
     ),
@@ -196,15 +197,15 @@ STUDIES: dict[str, Study] = {
     ),
     "data": Study(
         "how many distinct requests are needed: as many as a share of the training's draws, drawn with replacement, or new ones each time",
-        {**{name: npedit(pool=Share(share)) for name, share in (("1 %", 0.01), ("50 %", 0.5), ("100 %", 1.0))}, "new each time": npedit()},
+        {**{name: npedit(request_limit=Share(share)) for name, share in (("1 %", 0.01), ("50 %", 0.5), ("100 %", 1.0))}, "new each time": npedit()},
     ),
     "rl": Study(
         "reward by gradient or by policy, with and without pairs first, the judge being the same",
         {
             "SFT": PAIRED,
-            "SFT + Flow-GRPO": Arm((Part("sft", share=0.5), Part("grpo", share=0.5)), before=True),
+            "SFT + Flow-GRPO": Arm((Part("sft", share=0.5), Part("flow_grpo", share=0.5)), before=True),
             "SFT + NP-Edit": Arm((Part("sft", share=0.5), Part("npedit", share=0.5)), before=True),
-            "Flow-GRPO": Arm((Part("grpo"),)),
+            "Flow-GRPO": Arm((Part("flow_grpo"),)),
             "NP-Edit": npedit(),
         },
     ),

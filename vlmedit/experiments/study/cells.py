@@ -6,7 +6,6 @@ This module measures by the oracle: no trainer may import it.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import multiprocessing
@@ -25,11 +24,13 @@ from safetensors.torch import load_file
 
 from vlmedit.equations.search import SEARCHES
 from vlmedit.experiments.study.arms import WAYS, Arm, find
-from vlmedit.experiments.study.plans import PATHS, Plan, Task, cell_file, finished, prepare, student_updates
+from vlmedit.experiments.study.records import cell_file, finished, identity
+from vlmedit.experiments.study.trainings import Plan, Task, places, prepare, student_updates
 from vlmedit.io import save_json
-from vlmedit.methods.stages import STAGES
+from vlmedit.methods import find as find_method
+from vlmedit.training.run import Step
 
-Watch = Callable[[str, object], None]  # (what is trained, engine.Step)
+Watch = Callable[[str, Step], None]  # what is trained, and its update
 
 
 def times(task: Task, watched: int) -> list[int]:
@@ -53,17 +54,17 @@ def train(task: Task, watch: Watch | None = None, keep: Sequence[int] = ()) -> d
         cost = fresh
     if cost["done"] and (out / "model" / "config.json").is_file():
         return cost
-    config = dataclasses.replace(task.config, save_every=math.gcd(task.config.save_every, *keep))
+    config = task.config.replace(save_every=math.gcd(task.config.save_every, *keep))
     cpu, wall = time.process_time(), time.perf_counter()
-    for step in STAGES[task.stage][1](config):
-        if (step.index - 1) % config.save_every == 0:  # what a checkpoint holds; updates after it are made again when the run is stopped
-            save_json(cost, file)
-        if step.index - 1 in keep:  # an update's checkpoint is written when the next is asked for
-            shutil.copy(out / "checkpoint" / "model.ema.safetensors", kept(task, step.index - 1))
+    for step in find_method(task.stage)[1](config):
         now, then = time.process_time(), time.perf_counter()
         cost |= {"cpu_seconds": cost["cpu_seconds"] + now - cpu, "seconds": cost["seconds"] + then - wall}
         cost |= {"calls": cost["calls"] + int(step.metrics.get("calls", 0)), "skipped": cost["skipped"] + int(step.skipped)}
         cpu, wall = now, then
+        if step.index % config.save_every == 0:  # what a checkpoint holds; updates after it are made again when the run is stopped
+            save_json(cost, file)
+        if step.index in keep:  # an update that is due is in its checkpoint before it is yielded
+            shutil.copy(out / "checkpoint" / "student.ema.safetensors", kept(task, step.index))
         if watch:
             watch(f"{task.stage}, seed {task.config.seed}", step)
     save_json(cost := cost | {"done": True, "updates": task.config.steps}, file)
@@ -76,15 +77,16 @@ def use(model, judges: Sequence, held_out_judge, n: int, seed: int, shift: float
     """Oracle metrics of a model used in one way, on the first `n` held-out requests, what its own judges think of them (on average) and the
     held-out one, and its calls and CPU-seconds per edit. `seed` is of an untrained editor's noise; trained ones differ by their training."""
     from vlmedit.data.world import held_out
-    from vlmedit.equations import training_free
-    from vlmedit.evaluation.editing import ask_judge, evaluate_student, judge_by_oracle, summary
+    from vlmedit.equations.training_free import calls as calls_of_editor
+    from vlmedit.evaluation.editing import edit_by_captions, evaluate_student, judge_by_oracle, summary
+    from vlmedit.evaluation.judge import ask_judge
     from vlmedit.world.edits import EDIT_TYPES
 
     began = time.process_time()
     if "editor" in way:
         way, examples = {"guidance": 2.0, **way}, held_out(n, 0, EDIT_TYPES)
-        judged = judge_by_oracle(examples, *training_free.edit_by_captions(model, examples, seed=seed, **way))
-        metrics, calls = summary(judged, *judges) | {"n": n}, training_free.calls(**way)
+        judged = judge_by_oracle(examples, *edit_by_captions(model, examples, seed=seed, **way))
+        metrics, calls = summary(judged, *judges) | {"n": n}, calls_of_editor(**way)
     else:
         metrics, judged = evaluate_student(model, judges[0], n, 0, shift=shift, others=judges[1:], **way)
         searched = {k: v for k, v in way.items() if k not in ("steps", "sampler", "search")}
@@ -125,16 +127,12 @@ def measure(plan: Plan, arm: Arm, tasks: Sequence[Task], seed: int) -> dict[str,
 
 def judges_of(plan: Plan, tasks: Sequence[Task]) -> list[str]:
     """The folders of the judges that taught an arm's student last; of the shared one, where no judge did."""
-    config = tasks[-1].config if tasks else None
-    taught = [folder for name in ("judge", "second") if (folder := getattr(config, name, None))]
-    return taught or [plan.models["judge"]]
+    return list(places(getattr(tasks[-1].config, "judge", None) if tasks else None)) or [plan.models["judge"]]
 
 
 def run_cell(plan: Plan, arm: str, seed: int, watch: Watch | None = None) -> dict:
     """Train and measure one cell and write its record. An exception is a record too; only an interruption ends the study."""
-    tasks, chosen = prepare(plan, arm, seed), find(plan.name).arms[arm]
-    record = {"study": plan.name, "arm": arm, "seed": seed, "tier": plan.tier, "updates": student_updates(tasks)}
-    record["trainings"] = [{"stage": t.stage, "key": t.key, "config": {k: v for k, v in dataclasses.asdict(t.config).items() if k not in (*PATHS, "out")}} for t in tasks]
+    tasks, chosen, record = prepare(plan, arm, seed), find(plan.name).arms[arm], identity(plan, arm, seed)
     try:
         costs = [train(task, watch, times(task, chosen.watched) if task is tasks[-1] else ()) for task in tasks]
         student = [(t, c) for t, c in zip(tasks, costs) if t.stage != "judge"]
@@ -180,14 +178,14 @@ def run(plan: Plan, jobs: int = 1, watch: Watch | None = None) -> Iterator[tuple
         with ExitStack() as held:
             for key in folders[pair]:
                 held.enter_context(locks[key])
+            cell_file(plan, arm, seed).unlink(missing_ok=True)
             file = cell_file(plan, arm, seed)
-            file.unlink(missing_ok=True)
             process = multiprocessing.get_context("spawn").Process(target=_process, args=(plan, arm, seed, threads))
             process.start()
             process.join()
             if not file.is_file():
-                record = {"study": plan.name, "arm": arm, "seed": seed, "tier": plan.tier, "updates": student_updates(prepare(plan, *pair)), "ok": False}
-                save_json(record | {"error": f"its process died with exit code {process.exitcode}"}, file)
+                died = {"ok": False, "error": f"its process died with exit code {process.exitcode}"}
+                save_json(identity(plan, arm, seed) | died, file)
             return json.loads(file.read_text())
 
     with ThreadPoolExecutor(jobs) as pool:

@@ -9,10 +9,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from vlmedit.errors import InputError
 from vlmedit.experiments.study.arms import find
-from vlmedit.experiments.study.plans import EQUAL, Plan, digest, prepare, short_hash
-from vlmedit.io import InputError, save_json
-from vlmedit.methods.stages import STAGES
+from vlmedit.experiments.study.plans import EQUAL
+from vlmedit.experiments.study.records import check_results
+from vlmedit.experiments.study.trainings import Plan, digest, prepare, short_hash
+from vlmedit.io import save_json
+from vlmedit.methods import find as find_method
 
 PILOT, UNTIMED = 24, 2  # updates of an arm's pilot, and how many of them warm up
 
@@ -34,7 +37,9 @@ def balance(plan: Plan, say: Callable[[str], object] = lambda text: None) -> Pla
             save_json(costs, file)
     if not costs.get(first):
         raise InputError(f"study {plan.name!r} cannot be made equal in {EQUAL[plan.equal]}: its first arm, {first!r}, has none; pass --equal updates")
-    return dataclasses.replace(plan, factors={arm: costs[first] / costs[arm] for arm in arms if costs[arm]})
+    balanced = dataclasses.replace(plan, factors={arm: costs[first] / costs[arm] for arm in arms if costs[arm]})
+    check_results(balanced)
+    return balanced
 
 
 def pilot_cost(plan: Plan, arm: str) -> float:
@@ -43,8 +48,8 @@ def pilot_cost(plan: Plan, arm: str) -> float:
     total = 0.0
     for part, task in zip(find(plan.name).arms[arm].parts, prepare(small, arm, plan.seeds[0]), strict=True):
         shutil.rmtree(task.config.out, ignore_errors=True)
-        config = dataclasses.replace(task.config, steps=max(task.config.steps, UNTIMED + 1), save_every=10**6)
-        for step in STAGES[task.stage][1](config):
+        config = task.config.replace(steps=max(task.config.steps, UNTIMED + 1), save_every=10**6)
+        for step in find_method(task.stage)[1](config):
             if step.index <= UNTIMED:
                 calls, began = 0, time.process_time()
             else:

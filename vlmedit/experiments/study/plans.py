@@ -1,61 +1,25 @@
-"""What is to be done: a checked plan, the configuration of every training in it, and the names of what comes out.
-
-Trainings live in `runs/STAGE-HASH`, named by their configuration and the weights they start from, so that arms and studies that share one
-train it once. A cell, an arm and a seed, has its record in `out/cells`.
-"""
+"""What is to be done: a checked plan. What it trains is in trainings.py, where its results are in records.py."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlmedit.config import TrainConfig
-from vlmedit.experiments.study.arms import WAYS, Arm, Role, Share, find, nearest
-from vlmedit.io import InputError, check_space, check_writable
-from vlmedit.methods.stages import STAGES
+from vlmedit.errors import InputError
+from vlmedit.experiments.study.arms import Arm, find, nearest
+from vlmedit.experiments.study.records import check_results
+from vlmedit.experiments.study.trainings import PATHS, ROLES, Plan, places, prepare
+from vlmedit.io import check_space, check_writable
+from vlmedit.methods import find as find_method
 from vlmedit.pipelines.shapes import checkpoint
 
 RUNS = Path("runs/studies")
 UPDATES = {"smoke": 2, "laptop": 600, "gpu": 3000}  # of the student, unless said
 REQUESTS = {"smoke": 8, "laptop": 512, "gpu": 2048}  # held-out edits
-ROLES = {"teacher": "teacher", "judge": "judge", "student": "warm", "held_out": "second_judge"}  # what all arms share, and its shipped checkpoint
-PATHS = (*ROLES, "second", "softener", "start", "students")  # settings that name models' folders
 EQUAL = {"updates": "updates", "calls": "calls of the student", "cpu": "CPU-seconds"}  # what arms may have in common
 CELL_BYTES = 80 * 2**20  # disk space of one training while it runs
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Plain values only: a plan travels to other processes."""
-
-    name: str
-    tier: str
-    updates: int
-    n: int
-    seeds: tuple[int, ...]
-    arms: tuple[str, ...]
-    overrides: Mapping[str, Mapping]  # of a stage's settings, where the arm does not set them
-    models: Mapping[str, str]  # role -> folder
-    out: str
-    runs: str
-    equal: str = "updates"
-    factors: Mapping[str, float] = field(default_factory=dict)  # arm -> its updates as a multiple of the plan's, where cost is made equal
-    pilot: bool = False  # a few updates, to learn their cost
-
-
-@dataclass(frozen=True)
-class Task:
-    """A training with its configuration; `key` identifies what comes out of it."""
-
-    stage: str
-    config: TrainConfig
-    key: str
 
 
 def known_settings(arms: Iterable[Arm]) -> dict[str, set[str]]:
@@ -64,8 +28,8 @@ def known_settings(arms: Iterable[Arm]) -> dict[str, set[str]]:
     stages = {part.stage for arm in arms for part in arm.parts}
     parts = {stage: [part for arm in arms for part in arm.parts if part.stage == stage] for stage in stages}
     studied = {stage: set.intersection(*(set(part.settings) for part in of_stage)) for stage, of_stage in parts.items()}
-    fixed = {"out", "seed", "steps"}
-    return {stage: {f.name for f in dataclasses.fields(STAGES[stage][0])} - fixed - studied[stage] for stage in sorted(stages)}
+    fixed = {"data", "out", "seed", "steps"}
+    return {stage: set(find_method(stage)[0].known()) - fixed - studied[stage] for stage in sorted(stages)}
 
 
 def sort_overrides(name: str, given: Mapping, arms: Sequence[str] = ()) -> tuple[dict[str, dict], dict[str, str]]:
@@ -141,17 +105,6 @@ def folder_of(name: str, tier: str = "laptop", equal: str = "updates") -> Path:
     return (results_folder() if tier != "smoke" else RUNS.parent / "smoke") / (name if equal == "updates" else f"{name}-equal-{equal}")
 
 
-def other_results(plan: Plan) -> str | None:
-    """What is in the plan's folder already, where it cannot stand in one table with the plan's."""
-    try:
-        there = json.loads((Path(plan.out) / "table.json").read_text())
-    except (OSError, ValueError):
-        return None
-    mine = {"tier": plan.tier, "equal": plan.equal, "updates": plan.updates, "n": plan.n, "overrides": {k: dict(v) for k, v in plan.overrides.items() if v}}
-    apart = [f"{key} {there.get(key)} there, {value} now" for key, value in mine.items() if there.get(key) != value]
-    return f"{plan.out} holds results of another plan ({'; '.join(apart)}); name another folder with --out, or delete it" if apart else None
-
-
 def side_of(folder: str) -> int | None:
     """The side of the pictures a saved model is made for, None where there is no model."""
     try:
@@ -162,103 +115,20 @@ def side_of(folder: str) -> int | None:
 
 def check(plan: Plan) -> None:
     """Models there and of the right side, configurations valid, folders writable and of this plan, before anything is trained."""
-    if told := other_results(plan):
-        raise InputError(told)
     problems = [f"{role} is {folder!r}, no folder with a model" for role, folder in plan.models.items() if side_of(folder) is None]
     if problems:
         raise InputError(problems, "train one (vlmedit train) or name another with --set ROLE=FOLDER")
     tasks = [task for arm in plan.arms for seed in plan.seeds for task in prepare(plan, arm, seed)]
     made = {f"{task.config.out}/model" for task in tasks}
     for name in PATHS:
-        asked = {value for task in tasks if isinstance(value := getattr(task.config, name, None), str)} - made - set(plan.models.values())
+        asked = {folder for task in tasks for folder in places(getattr(task.config, name, None))} - made - set(plan.models.values())
         problems += [f"{name} is {folder!r}, no folder with a model; train one (vlmedit train) or leave it out" for folder in sorted(asked) if side_of(folder) is None]
     for role, folder in plan.models.items():
         for side in sorted({task.config.side for task in tasks} - {side_of(folder)}):
             problems.append(f"side is {side}, and the {role} in {folder} is made for {side_of(folder)}; pass --set side={side_of(folder)}, or models of side {side}")
     if problems:
         raise InputError(problems)
+    check_results(plan)
     check_writable(Path(plan.out), "folder")
     check_writable(Path(plan.runs), "folder")
     check_space(Path(plan.runs), CELL_BYTES)
-
-
-_digests: dict[tuple, str] = {}
-
-
-def digest(folder: str) -> str:
-    """Of a saved model's weights."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    key = tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
-    if key not in _digests:
-        _digests[key] = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
-    return _digests[key]
-
-
-def short_hash(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def find_role(value, models: Mapping[str, str]):
-    """A setting, the roles in it replaced by their models' folders."""
-    if isinstance(value, tuple):
-        return tuple(find_role(v, models) for v in value)
-    return models[value] if isinstance(value, Role) else value
-
-
-def name_of(value: str | tuple[str, ...], known: Mapping[str, str]) -> str | list[str]:
-    """What identifies the models of a setting: the training that is to make them, or their weights."""
-    return [name_of(v, known) for v in value] if isinstance(value, tuple) else known.get(value) or digest(value)
-
-
-def prepare(plan: Plan, arm: str, seed: int) -> list[Task]:
-    """An arm's trainings, in order. What one gives, the next start from."""
-    models, known, tasks = dict(plan.models), {}, []
-    for part in find(plan.name).arms[arm].parts:
-        config_class = STAGES[part.stage][0]
-        share = part.share * plan.factors.get(arm, 1.0)
-        updates = max(1, round(share * plan.updates)) if part.updates is None else (2 if plan.tier == "smoke" or plan.pilot else part.updates)
-        names = {f.name for f in dataclasses.fields(config_class)}
-        settings = {k: find_role(v, models) for k, v in part.settings.items()}
-        given = {k: v for k, v in models.items() if k in names} | plan.overrides.get(part.stage, {}) | settings
-        if plan.tier != "smoke" and "softener" in names:
-            given.setdefault("softener", models["teacher"])
-        given |= {"seed": seed, "steps": updates} | ({} if plan.tier == "smoke" else {"save_every": 100})
-        draws = updates * config_class.make(plan.tier, **{k: v for k, v in given.items() if not isinstance(v, Share)}).batch
-        given = {k: max(1, round(v * draws)) if isinstance(v, Share) else v for k, v in given.items()}
-        config = config_class.make(plan.tier, **given)
-        starts = {k: name_of(v, known) for k in PATHS if (v := getattr(config, k, None))}
-        settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in (*PATHS, "out", "save_every")}
-        key = short_hash([part.stage, settings, starts])
-        out = Path(plan.runs) / f"{part.stage}-{key}"
-        tasks.append(Task(part.stage, dataclasses.replace(config, out=str(out)), key))
-        models[part.gives] = str(out / "model")
-        known[models[part.gives]] = key
-    return tasks
-
-
-def cell_key(plan: Plan, arm: str, seed: int) -> str:
-    """Identifies a cell's result: its trainings, how its student is used, who is asked what he thinks of it."""
-    chosen = find(plan.name).arms[arm]
-    trained = [t.key for t in prepare(plan, arm, seed)] or [digest(plan.models["teacher"]), seed]
-    return short_hash([trained, {way: WAYS[way] for way in chosen.ways}, chosen.watched, chosen.before, plan.n, *(digest(plan.models[role]) for role in ("judge", "held_out"))])
-
-
-def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("%", "percent")).strip("-")
-
-
-def cell_file(plan: Plan, arm: str, seed: int) -> Path:
-    return Path(plan.out) / "cells" / f"{slug(arm)}-seed{seed}-{cell_key(plan, arm, seed)}.json"
-
-
-def finished(plan: Plan, arm: str, seed: int) -> dict | None:
-    """The record of a cell that went well, or None."""
-    try:
-        cell = json.loads(cell_file(plan, arm, seed).read_text())
-    except (OSError, ValueError):
-        return None
-    return cell if cell.get("ok") else None
-
-
-def student_updates(tasks: Iterable[Task]) -> int:
-    return sum(task.config.steps for task in tasks if task.stage != "judge")

@@ -7,9 +7,12 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vlmedit.errors import InputError
 from vlmedit.experiments.study.arms import STUDIES, find
-from vlmedit.experiments.study.plans import EQUAL, Plan, cell_file, results_folder
-from vlmedit.io import InputError, save_json
+from vlmedit.experiments.study.plans import EQUAL, results_folder
+from vlmedit.experiments.study.records import cells
+from vlmedit.experiments.study.trainings import Plan
+from vlmedit.io import save_json
 
 FIGURES = ("success", "done", "kept", "on_manifold", "keep_psnr", "manifold_psnr", "p_edit", "p_identity", "hacking_gap", "held_out_gap", "calibration")
 SHARES = FIGURES[:4]
@@ -28,20 +31,6 @@ def rows_of(cell: Mapping) -> list[dict]:
         row["calibration"] = sum(m["calibration_error"].values()) / len(m["calibration_error"])
         rows.append(row | {f"success_{kind}": value for kind, value in m["success_by_type"].items()})
     return rows
-
-
-def cells(plan: Plan) -> list[dict]:
-    """All records in the study's folder that belong to this plan: any arm and seed at its tier, updates, requests and settings."""
-    found = []
-    for file in sorted((Path(plan.out) / "cells").glob("*.json")):
-        try:
-            cell = json.loads(file.read_text())
-        except ValueError:
-            continue
-        if cell["arm"] in STUDIES[plan.name].arms and file.name == cell_file(plan, cell["arm"], cell["seed"]).name:
-            found.append(cell)
-    order = list(STUDIES[plan.name].arms)
-    return sorted(found, key=lambda c: (order.index(c["arm"]), c["seed"]))
 
 
 def error_of(values, n: int) -> float | None:

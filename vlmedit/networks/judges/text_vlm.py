@@ -10,13 +10,11 @@ import os
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 import transformers
-from PIL import Image
 from torch import Tensor
 
-from vlmedit.networks.hub import reachable
+from vlmedit.networks.checks import reachable
 from vlmedit.networks.judges import FAMILIES, load_judge
 
 
@@ -94,11 +92,3 @@ def identity_of(writer: Writer | None) -> dict | None:
         digest.update(name.encode() + p.detach().flatten()[:16].float().cpu().numpy().tobytes())
     revision = getattr(model.config, "_commit_hash", None)
     return {"class": type(model).__name__, "revision": revision, "weights": digest.hexdigest()[:16], "transformers": transformers.__version__}
-
-
-def to_tensor(image: Image.Image, side: int) -> Tensor:
-    """(3, H, W) in [-1, 1], the longer side at most `side`."""
-    if max(image.size) > side:
-        scale = side / max(image.size)
-        image = image.resize([max(1, round(v * scale)) for v in image.size], Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

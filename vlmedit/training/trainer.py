@@ -1,0 +1,46 @@
+"""The one trainer: the loop of every method, on the world of shapes and on real models.
+
+A run is a generator: it yields a `Step` per update and knows nothing of progress bars, plots or early stops. All randomness of update k is
+seeded from (seed, k, number of the batch), so that resuming from a checkpoint repeats the uninterrupted run exactly, and two processes do
+what one does that accumulates two batches.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from accelerate import Accelerator
+
+from vlmedit.config import TrainConfig
+from vlmedit.errors import ConfigError
+from vlmedit.protocols import Data, Method
+from vlmedit.training.run import Run, Step
+
+
+def train(method: Method, data: Data, config: TrainConfig, accelerator: Accelerator | None = None) -> Iterator[Step]:
+    """Yield a `Step` per update; the (averaged) result is in `out/model` at the end. Raises ConfigError for data that do not give what the
+    method is trained on, and for a checkpoint of another configuration."""
+    run = Run(method, data, config, accelerator)
+    for index in run.updates():
+        memory: dict[int, dict] = defaultdict(dict)
+        held, first = [], []
+        for phase in method.phases(index):
+            if phase.batch is not None:
+                check_gives(data, phase.batch, config)
+                held = run.draw(phase, index)
+                first = first or held
+            for number, batch in held:
+                with run.stream(index, number), run.autocast():
+                    run.note(number, method.backward(phase, batch, memory[number], index))
+            run.step(phase, index)
+        run.move_averages(index)
+        method.after(index)
+        yield run.record(index, first, memory)
+    run.finish()
+
+
+def check_gives(data: Data, kind: type, config: TrainConfig) -> None:
+    """Raise ConfigError for data that cannot give such batches."""
+    if not data.gives(kind):
+        raise ConfigError(f"data is {config.data.place!r}, which gives no {kind.__name__}; this method needs them: data=world")
