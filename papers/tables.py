@@ -333,8 +333,8 @@ def claims_summary() -> str:
 
 def recipe_tables() -> str:
     """Of docs/recipe.md: the released recipe's lines, beside the shipped settings of the same run and the miniature's."""
-    from vlmedit.config import NPEditConfig
     from vlmedit.experiments.recipe import FIXED, MAIN_STAGE
+    from vlmedit.methods.npedit import NPEditConfig
 
     full = yaml.safe_load((HERE.parent / "vlmedit/configs/zimage_internvl.yaml").read_text(encoding="utf-8"))
     small = NPEditConfig.make("laptop")
@@ -346,7 +346,7 @@ def recipe_tables() -> str:
             line.released,
             line.source,
             shown(full[line.here]) if line.here in full else "",
-            shown(getattr(small, line.here)) if line.here else "",
+            shown(getattr(small, line.here, "")) if line.here else "",
         ]
         for line in MAIN_STAGE
     ]
