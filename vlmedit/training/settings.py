@@ -13,10 +13,13 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlmedit.config import TIERS, Settings
 from vlmedit.errors import ConfigError
-from vlmedit.methods.npedit import NPEditConfig
+
+if TYPE_CHECKING:
+    from vlmedit.methods.npedit import NPEditConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BUCKETS = ("512x512", "576x448", "448x576", "640x384", "384x640", "512x384", "384x512")  # width x height [R]
@@ -140,6 +143,8 @@ class RealConfig(Settings):
 
     def npedit(self) -> NPEditConfig:
         """What `NPEdit` reads, as its own configuration; guidance is the teacher's matter here, by edit type."""
+        from vlmedit.methods.npedit import NPEditConfig  # which imports torch; reading settings does not
+
         names = {f.name for f in dataclasses.fields(self)} & {f.name for f in dataclasses.fields(NPEditConfig)}
         ours = {n: getattr(self, n) for n in names - {"guidance", "judge", "data"}}
         return NPEditConfig(**ours, guidance=1.0, skip_above=self.spike, logit_gain_steps=self.gain_steps)
