@@ -19,7 +19,7 @@ from vlmedit.teaching.workshop import solved
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PAGES = sorted((ROOT / "papers").glob("*.md"))
+PAGES = [*sorted((ROOT / "papers").glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 name_of = lambda path: path.stem
 
 
