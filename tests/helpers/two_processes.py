@@ -1,30 +1,40 @@
-"""Run by test_engine.py under torch's launcher: train a smoke teacher and leave the final weights of every process in `out`.
+"""Run by tests/training/test_trainer.py in every process of torch's launcher: train by each file of settings, one after the other, and leave
+this process's final weights and losses in the run's folder.
 
-Usage: python -m torch.distributed.run --standalone --nproc_per_node 2 two_processes.py OUT STEPS
+Usage: python -m torch.distributed.run --standalone --nproc_per_node 2 two_processes.py SETTINGS.json ...
+
+A file of settings: `method`, and `settings`, flat.
 """
 
+import json
 import sys
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from vlmedit.methods.teacher import TeacherConfig, train_teacher
+from vlmedit.methods import find
 from vlmedit.training.checkpoints import Checkpoints
 from vlmedit.training.run import make_accelerator
 
-torch.set_num_threads(1)
-out, steps = sys.argv[1], int(sys.argv[2])
-config = TeacherConfig.make("smoke", out=out, side=16, steps=steps, batch=3, precision="no", save_every=100)
-accelerator = make_accelerator(config)
 save, kept = Checkpoints.save, {}
 
 
-def keep(self, step):
-    kept.update({k: v.detach().clone() for k, v in self.modules["model"].state_dict().items()})
+def keep(self: Checkpoints, step: int) -> None:
+    """The weights of this very process, of which the checkpoint holds the first one's."""
+    kept.update({f"{role}/{k}": v.detach().clone() for role, m in self.modules.items() for k, v in m.thing.state_dict().items()})
     save(self, step)
 
 
-Checkpoints.save = keep  # sees the trained weights before the averaged ones replace them
-losses = [step.metrics["loss"] for step in train_teacher(config, accelerator)]
-kept |= {"losses": torch.tensor(losses), "processes": torch.tensor(accelerator.num_processes)}
-save_file(kept, f"{out}/rank{accelerator.process_index}.safetensors")
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    Checkpoints.save = keep
+    for file in map(Path, sys.argv[1:]):
+        given = json.loads(file.read_text())
+        config_class, train = find(given["method"])
+        config = config_class.make("smoke", **given["settings"])
+        accelerator = make_accelerator(config)
+        kept.clear()
+        losses = [step.metrics.get("loss", 0.0) for step in train(config, accelerator)]
+        found = {"losses": torch.tensor(losses), "processes": torch.tensor(accelerator.num_processes)}
+        save_file(kept | found, Path(config.out) / f"rank{accelerator.process_index}.safetensors")
