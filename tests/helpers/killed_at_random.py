@@ -28,7 +28,8 @@ UPDATES = 4
 
 def configuration(models: Path, out: Path, **given) -> NPEditConfig:
     places = {role: str(models / role) for role in ("teacher", "student", "judge")}
-    return NPEditConfig.make("smoke", **places, out=str(out), side=16, batch=2, steps=UPDATES, save_every=1, precision="no", trackers=(), **given)
+    tiny = dict(side=16, batch=2, steps=UPDATES, save_every=1, precision="no", trackers=())
+    return NPEditConfig.make("smoke", **{**places, **tiny, **given, "out": str(out)})
 
 
 def child(config: NPEditConfig) -> int:
@@ -52,21 +53,29 @@ def ended(number: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
 
 
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything a finished run leaves: trained, averaged and saved weights."""
+    out = {}
+    for file in sorted([*folder.glob("checkpoint/*.safetensors"), *folder.glob("model/*.safetensors")]):
+        out |= {f"{file.parent.name}/{file.name}/{k}": v for k, v in load_file(file).items()}
+    return out
+
+
 def same(a: Path, b: Path) -> bool:
     """Whether two finished runs left the same weights, averages, optimizer states and, of the last update, metrics."""
-    files = sorted(str(p.relative_to(a)) for p in a.rglob("*.safetensors"))
-    tensors = all((b / f).is_file() and equal(load_file(a / f), load_file(b / f)) for f in files)
     states = [torch.load(folder / "checkpoint/optimizers.pt", weights_only=True) for folder in (a, b)]
     last = [json.loads((folder / f"metrics{UPDATES}.json").read_text()) for folder in (a, b)]
-    return len(files) >= 4 and tensors and equal(*states) and last[0] == last[1]
+    return len(weights(a)) > 100 and equal(weights(a), weights(b)) and equal(*states) and last[0] == last[1]
 
 
 def equal(a, b) -> bool:
+    """Whether two nests of tensors and values are the same, to the bit."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
-    if isinstance(a, dict | list | tuple):
-        pairs = [(a[k], b[k]) for k in a] if isinstance(a, dict) else list(zip(a, b, strict=True))
-        return len(a) == len(b) and all(equal(x, y) for x, y in pairs)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
     return a == b
 
 
