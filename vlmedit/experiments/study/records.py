@@ -18,7 +18,16 @@ from pathlib import Path
 import vlmedit
 from vlmedit.errors import InputError
 from vlmedit.experiments.study.arms import WAYS, find
-from vlmedit.experiments.study.trainings import PATHS, Plan, Task, digest, prepare, settings_of, short_hash, student_updates
+from vlmedit.experiments.study.trainings import (
+    PATHS,
+    Plan,
+    Task,
+    digest,
+    prepare,
+    settings_of,
+    short_hash,
+    student_updates,
+)
 
 Differences = dict[str, tuple]  # what -> (there, now)
 NAMED = 5  # differences in a message
