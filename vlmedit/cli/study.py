@@ -7,7 +7,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from vlmedit.cli._settings import parse_pairs, typed
+from vlmedit.cli._settings import convert, parse_pairs
 from vlmedit.cli._shared import JsonFile, Tier, at_least, check_json, progress_bar, refuse, say, words_of
 
 ORDER = 9
@@ -78,10 +78,11 @@ def list_all(json: Path | None) -> int:
 def overrides(name: str, pairs: tuple[str, ...], arms: list[str]) -> dict:
     """Settings by stage, with their fields' types, and other models."""
     from vlmedit.experiments import study as suite
-    from vlmedit.methods.stages import STAGES
+    from vlmedit.methods import find
 
     texts, models = suite.sort_overrides(name, parse_pairs(pairs), arms)
-    settings = {stage: typed(STAGES[stage][0], given) for stage, given in texts.items()}
+    kinds = {stage: find(stage)[0].known() for stage in texts}
+    settings = {stage: {k: convert(k, v, kinds[stage][k]) for k, v in given.items()} for stage, given in texts.items()}
     return {f"{stage}.{k}": v for stage, given in settings.items() for k, v in given.items()} | models
 
 
