@@ -83,8 +83,9 @@ def with_default(monkeypatch, **defaults):
         "Changed", [(k, type(v), v) for k, v in defaults.items()], bases=(NPEditConfig,), frozen=True
     )
     train = methods.find("npedit")[1]
-    find = lambda stage: (changed, train) if stage == "npedit" else methods.find(stage)
-    monkeypatch.setattr(trainings, "find_method", find)
+    monkeypatch.setattr(
+        trainings, "find_method", lambda stage: (changed, train) if stage == "npedit" else methods.find(stage)
+    )
     return changed
 
 

@@ -3,8 +3,8 @@ again.
 
 A record states its trainings (stage, settings, starting weights) and how their student was measured, and is found by
 that: a setting that did not exist when it was written had what is its default today, settings of the machine do not
-count. The hash in a file's name only keeps cells of other settings apart. Records that are older than their form state the
-last commit that found them by their own names, 423b563, as the code that made them.
+count. The hash in a file's name only keeps cells of other settings apart. Records that are older than their form state
+423b563 as the code that made them, the last commit that found them by such a hash.
 """
 
 from __future__ import annotations
@@ -33,20 +33,22 @@ from vlmedit.experiments.study.trainings import (
 
 Differences = dict[str, tuple]  # what -> (there, now)
 NAMED = 5  # differences in a message
+ROOT = Path(vlmedit.__file__).parents[1]
+
+
+def git(*words: str) -> str:
+    """What git answers about the folder of the package."""
+    told = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True)
+    return told.stdout.strip()
 
 
 @cache
 def code() -> str:
     """The commit of the checkout that runs, with a plus where files differ from it; the version of an installed
     package."""
-    root = Path(vlmedit.__file__).parents[1]
-    git = lambda *words: subprocess.run(
-        ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if (root / ".git").exists():
+    if (ROOT / ".git").exists():
         try:
-            changed = git("status", "--porcelain", "--", "vlmedit", "kernels")
-            return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
+            return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "vlmedit", "kernels"))
         except (OSError, subprocess.CalledProcessError):
             pass
     return metadata.version("vlmedit")
