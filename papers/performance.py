@@ -30,7 +30,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -42,18 +41,19 @@ from transformers import AutoTokenizer
 from vlmedit.kernels.inside import SWAPS, use
 
 from vlmedit.cli._settings import read_settings, typed
-from vlmedit.cost import counting, plan
-from vlmedit.data.manifest import Feed, book_of, read_manifest
-from vlmedit.data.requests import Book
+from vlmedit.cost import calls, counting, plan
+from vlmedit.data.manifest import Feed, read_manifest, texts_of
 from vlmedit.errors import ConfigError, InputError
 from vlmedit.networks import load as loading
 from vlmedit.networks.backbones import family_of
+from vlmedit.networks.codec import AutoencoderCodec
 from vlmedit.networks.judges import FAMILIES, Judge, preprocessor_settings
-from vlmedit.networks.load import ExactCodec, load_judges, load_roles
-from vlmedit.networks.prompts import TextBank
+from vlmedit.networks.load import load_judges, load_roles
+from vlmedit.networks.prompts import PromptEmbeddings, PromptTable
+from vlmedit.testing import PREFIX
 from vlmedit.testing import random_models as tiny
-from vlmedit.testing.tiny_data import PREFIX
-from vlmedit.training.real_models import RealEdit, RealOptimizer, RealRun, Setup, make_accelerator, prepared, told, train_loaded
+from vlmedit.training.optimizer import Optimizer
+from vlmedit.training.real_models import RealEdit, RealRun, Setup, make_accelerator, prepared, told, train_loaded
 from vlmedit.training.settings import RealConfig
 
 HERE = Path(__file__).parent
@@ -91,7 +91,7 @@ class FullLogits(nn.Module):
         return last[:, self.judge.config.yes_token_id] - last[:, self.judge.config.no_token_id]
 
 
-class PlainSteps(RealOptimizer):
+class PlainSteps(Optimizer):
     """Steps without moments, where AdamW's do not fit the device: their bytes are then counted, not measured."""
 
     def __init__(self, model: nn.Module, config: RealConfig, lr: float | None = None):
@@ -180,7 +180,7 @@ def random_model(meta: nn.Module, device: torch.device, dtype: torch.dtype) -> n
     return tiny.awaken(nn.Module.to(model, dtype))
 
 
-def judge_around(model: nn.Module, place: str, texts: list[str], book: Book | None = None, checkpointing: bool = False) -> Judge:
+def judge_around(model: nn.Module, place: str, texts: list[str], book: PromptTable | None = None, checkpointing: bool = False) -> Judge:
     """A judge with a folder's tokenizer and settings, or where only the configuration is known with a tokenizer schooled on its questions
     (about a token per word, as the real one) and the model's own picture size."""
     family = FAMILIES[type(model).__name__]
@@ -206,25 +206,25 @@ class RandomSetup(Setup):
         self.config = config = prepared(config)
         rows = read_manifest(config.data)
         self.run, self.sharded = RealRun(config, accelerator), False
-        self.prompts, self.questions = book_of(rows, config.negative_prompt), Book()
+        self.prompts, self.questions = PromptTable(config.negative_prompt, texts_of(rows)), PromptTable()
         self.texts = [text for r in rows for text in r.request.questions() if isinstance(text, str)]
         self.feed = Feed(rows, config, self.prompts, self.questions, device=self.run.device)
         device, low = self.run.device, loading.frozen_dtype(config)
-        transformer, _ = plan.meta_transformer(config.backbone)
-        family = family_of(type(transformer).__name__)
-        width = family.text_width(SimpleNamespace(config=transformer.config))
-        states = [torch.randn(plan.WORDS, width, dtype=low) for _ in self.prompts.texts]
-        pooled = [torch.randn(transformer.config.pooled_projection_dim, dtype=low) for _ in states] if family.pooled else None
+        transformer, _ = calls.meta_transformer(config.backbone)
+        adapter = family_of(type(transformer).__name__).adapter
+        width, pooled_width = adapter.text_width(transformer.config), adapter.pooled_width(transformer.config)
+        states = [torch.randn(calls.WORDS, width, dtype=low) for _ in self.prompts.texts]
+        pooled = [torch.randn(pooled_width, dtype=low) for _ in states] if pooled_width else None
         exact = torch.bfloat16 if config.codec_precision == "bf16" else torch.float32
-        autoencoder = random_model(plan.meta_codec(config.backbone)[0].autoencoder, device, exact)
-        self.codec = ExactCodec(autoencoder, "codec" in config.checkpointing and autoencoder._supports_gradient_checkpointing).to(device)
+        autoencoder = random_model(calls.meta_codec(config.backbone)[0].autoencoder, device, exact)
+        self.codec = AutoencoderCodec(autoencoder, "codec" in config.checkpointing and autoencoder._supports_gradient_checkpointing).to(device)
         made = lambda place, part=None, **kw: random_model(transformer, device, kw[loading.DTYPE])
         with mock.patch.object(loading, "load_transformer", made):
-            self.roles = load_roles(config, TextBank(states, pooled), accelerator)
+            self.roles = load_roles(config, PromptEmbeddings(states, pooled), accelerator)
 
     def judge(self) -> nn.Module:
         def made(place, book, checkpointing, dtype):
-            return judge_around(random_model(plan.meta_judge(place)[0], self.run.device, dtype), place, self.texts, book, checkpointing)
+            return judge_around(random_model(calls.meta_judge(place)[0], self.run.device, dtype), place, self.texts, book, checkpointing)
 
         with mock.patch.object(loading, "load_judge", made):
             return load_judges(self.config, self.questions, self.run.accelerator)
@@ -251,18 +251,18 @@ def settings(name: str, size: str, structure: str, out: str) -> RealConfig:
 
 def full_logits(config: RealConfig) -> tuple[int, float]:
     """Bytes of one (N, L, V) tensor of logits, and FLOPs of forward and input gradient, for two questions per picture."""
-    meta, _ = plan.meta_judge(config.judge[0])
+    meta, _ = calls.meta_judge(config.judge[0])
     meta = copy.deepcopy(meta)
     width, height = config.sizes[0]
     seen = judge_around(meta, config.judge[0], []).tokens(torch.empty(3, height, width, device="meta"))
     words, wide = meta.get_output_embeddings().weight.shape
-    places = 2 * config.batch * (2 * seen + plan.WORDS)
+    places = 2 * config.batch * (2 * seen + calls.WORDS)
     return places * words * (2 if config.precision == "bf16" else 4), 2.0 * 2 * places * words * wide
 
 
 def encode_flops(config: RealConfig) -> float:
     """A reference encoded once."""
-    codec, _ = plan.meta_codec(config.backbone)
+    codec, _ = calls.meta_codec(config.backbone)
     width, height = config.sizes[0]
     pixels = torch.empty(1, 3, height, width, device="meta", dtype=torch.bfloat16)
     return config.batch * counting.count(codec.autoencoder, lambda: codec.encode(pixels)).flops
@@ -316,7 +316,7 @@ def measure(config: RealConfig, whole: bool, updates: int, plain: bool = False, 
         setup = RandomSetup(config)
         judge = setup.judge()
     ledger = Ledger(setup.run.device)
-    loop = train_loaded(setup, FullLogits(judge) if whole else judge, partial(Measured, ledger), PlainSteps if plain else RealOptimizer)
+    loop = train_loaded(setup, FullLogits(judge) if whole else judge, partial(Measured, ledger), PlainSteps if plain else Optimizer)
     ledger.begin(counting=True)
     step = next(loop)
     first, timed = ledger.entries, []

@@ -5,8 +5,6 @@ Importing this costs nothing: everything heavy is imported when it is first name
 
 from importlib import import_module
 
-__version__ = "0.1.0"
-
 _HOMES = {
     "EditPipeline": "vlmedit.pipelines.shapes",
     "generate": "vlmedit.pipelines.text_to_image",
@@ -26,11 +24,23 @@ def load(name_or_dir="shapes", role: str = "editor", device=None):
     return load_pipeline(name_or_dir, role, device)
 
 
+def _version() -> str:
+    """The installed distribution's; of a source folder that nobody installed, "unknown"."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(__name__)
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def __getattr__(name: str):
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
     return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *__all__})

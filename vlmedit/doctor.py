@@ -25,7 +25,8 @@ from vlmedit.io import free_bytes
 
 LEAST_PYTHON = (3, 11)
 LEAST_DISK = 2**30  # bytes: a run's checkpoints, logs and pictures
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pillow")
+PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "pillow")
+EXTRAS = {"train": "training", "notebooks": "the notebooks", "data": "parquet files"}  # of the package -> what they are for
 ROLES = ("editor", "teacher", "warm", "judge")
 TRAINED_BY = {"teacher": "teacher", "softener": "teacher", "judge": "judge", "student": "warmup", "students": "npedit"}  # setting that names a model -> stage that trains it
 SLOW, PATIENCE = 10.0, 90.0  # seconds on one stage before its third update is left out, on one tier before its other stages are
@@ -50,13 +51,15 @@ def python_version() -> Check:
     return Check("python", ok, platform.python_version() + ("" if ok else f"; {least} or newer is needed"), {"version": platform.python_version()})
 
 
-def bounds() -> dict[str, Requirement]:
-    """The version bounds this installation declares; none when the package runs from its source folder."""
+def bounds(extra: str = "") -> dict[str, Requirement]:
+    """The version bounds that this installation declares, or those that an extra adds; none when the package runs from its source folder."""
     try:
         declared = [Requirement(text) for text in metadata.requires("vlmedit") or ()]
     except metadata.PackageNotFoundError:
         return {}
-    return {r.name.lower(): r for r in declared if r.marker is None or r.marker.evaluate({"extra": ""})}
+    always = [r for r in declared if r.marker is None or r.marker.evaluate({"extra": ""})]
+    chosen = [r for r in declared if r not in always and r.marker.evaluate({"extra": extra})] if extra else always
+    return {r.name.lower(): r for r in chosen if r.name != "vlmedit"}
 
 
 def packages() -> Iterator[Check]:
@@ -70,6 +73,23 @@ def packages() -> Iterator[Check]:
             continue
         ok = not bound or bound.contains(version, prereleases=True)
         yield Check(name, ok, version + ("" if ok else f"; {bound} is needed: pip install '{name}{bound}'"), {"version": version})
+
+
+def extras() -> Iterator[Check]:
+    """What was installed beyond the plain package: nothing has to be, but what is there must be of a version that works."""
+    for extra, use in EXTRAS.items():
+        lacking, wrong = [], []
+        for name, requirement in bounds(extra).items():
+            try:
+                version = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                lacking.append(name)
+                continue
+            if not requirement.specifier.contains(version, prereleases=True):
+                wrong.append(f"{name} {version}, {requirement.specifier} is needed")
+        told = wrong + [f"not installed: {', '.join(lacking)}"] * bool(lacking)
+        remedy = f"; pip install 'vlmedit[{extra}]'" if told else "there"
+        yield Check(f"extra {extra}, for {use}", not wrong, "; ".join(told) + remedy, {"lacking": lacking})
 
 
 def device() -> Check:
@@ -181,8 +201,9 @@ def examine(timed: bool = True) -> Iterator[Check]:
     if not all(c.ok for c in found):
         return  # what follows needs the packages
     here = device()
-    yield from (here, disk(), *checkpoints())
-    if timed:
+    more = list(extras())
+    yield from (*more, here, disk(), *checkpoints())
+    if timed and not more[0].values["lacking"]:
         yield from durations(("smoke", "laptop", "gpu") if here.values["device"] == "cuda" else ("smoke", "laptop"))
 
 

@@ -2,7 +2,7 @@
 
     python -m vlmedit.kernels.traffic [--side 512] [--json FILE]
 
-Backbone, autoencoder's decoder and judge of real configurations (`vlmedit.cost.plan`, no weights) run forward and backward on the meta device, one
+Backbone, autoencoder's decoder and judge of real configurations (`vlmedit.cost.calls`, no weights) run forward and backward on the meta device, one
 picture with its reference. Each operation that torch would launch reads its inputs and writes its outputs once; views move nothing; attention moves
 what a fused kernel moves. What lies between the products is added up by the class of the module that asks for it and that of the one around it
 (Attention/RMSNorm: the norms of queries and keys), the backward pass included, with the operations that move most.
@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-NETWORKS = {  # what runs: the place that `vlmedit.cost.plan` knows
+NETWORKS = {  # what runs: the place that `vlmedit.cost.calls` knows
     "Z-Image": "Tongyi-MAI/Z-Image", "FLUX": "black-forest-labs/FLUX.1-Kontext-dev", "Qwen-Image": "Qwen/Qwen-Image-Edit",
     "decoder": "Tongyi-MAI/Z-Image", "InternVL3": "OpenGVLab/InternVL3-14B-hf",
 }  # fmt: skip
@@ -136,22 +136,23 @@ def count(model: nn.Module, call: Callable[[], Tensor]) -> dict[str, Moved]:
 
 
 def calls(name: str, side: int) -> Iterator[tuple[str, nn.Module, Callable[[], Tensor]]]:
-    """Part, module and call of one network at a picture's side. `vlmedit.cost.plan` knows how each is called, so its own counter is listened to."""
-    from vlmedit.cost import counting, plan
+    """Part, module and call of one network at a picture's side. `vlmedit.cost.calls` knows how each is called, so its own counter is listened to."""
+    from vlmedit.cost import calls as costs
+    from vlmedit.cost import counting
 
     heard = []
     listen = lambda model, call, *_: heard.append((model, call)) or counting.Call(0.0, 0, 0)
     place, latent = NETWORKS[name], (side // 8, side // 8)
     with mock.patch.object(counting, "count", listen):
         if name == "decoder":
-            plan.decoder_call.__wrapped__(plan.AutoencoderCodec(counting.autoencoder()), latent)
+            costs.decoder_call.__wrapped__(costs.AutoencoderCodec(counting.on_meta(costs.published(place).autoencoder)), latent)
             heard[0][0].requires_grad_(False)
         elif "VL" in name:
-            model = plan.PUBLISHED[place]()
+            model = costs.PUBLISHED[place]()
             counting.vision_call(model)
-            counting.language_call(model, 2 * 256 + plan.WORDS)
+            counting.language_call(model, 2 * 256 + costs.WORDS)
         else:
-            plan.backbone_call.__wrapped__(plan.PUBLISHED[place](), latent, True)
+            costs.backbone_call.__wrapped__(counting.on_meta(costs.published(place).transformer), latent, True)
     parts = ("vision, a picture", "language, two questions") if "VL" in name else ("",)
     for part, (model, call) in zip(parts, heard, strict=True):
         yield f"{name} {part}".strip(), model, call

@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers.photos import photo
 from PIL import Image
-from test_real_data import photo
 
 from vlmedit import benchmarks as b
 from vlmedit.cli import main

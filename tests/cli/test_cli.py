@@ -20,12 +20,10 @@ from PIL import Image, ImageDraw
 import vlmedit
 from vlmedit import doctor
 from vlmedit.cli import main
-from vlmedit.config import TIERS
-from vlmedit.methods.judge import JudgeConfig
-from vlmedit.methods.teacher import TeacherConfig
-from vlmedit.data.batches import TEXT_LENGTH
 from vlmedit.cli._settings import convert
 from vlmedit.cli._shared import Tier
+from vlmedit.config import TIERS
+from vlmedit.data.batches import TEXT_LENGTH
 from vlmedit.errors import ConfigError
 from vlmedit.io import load_picture
 from vlmedit.methods.judge import JudgeConfig, build_judge
@@ -518,6 +516,16 @@ def test_doctor_checks_versions_against_declared_bounds(monkeypatch):
     found = {c.name: c for c in doctor.packages()}
     assert not found["torch"].ok and ">=99" in found["torch"].detail and found["numpy"].ok
     assert not found["no-such-package"].ok and "unused" not in found
+
+
+def test_doctor_tells_which_extras_are_there(monkeypatch):
+    """What is missing is no failure, what is too old is; an extra within an extra is not looked up as a package."""
+    declared = ["torch>=2", "einops>=99; extra == 'train'", "no-such-package>=1; extra == 'notebooks'", "vlmedit[train]; extra == 'notebooks'"]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: declared)
+    train, notebooks, data = doctor.extras()
+    assert not train.ok and "einops" in train.detail and ">=99 is needed; pip install 'vlmedit[train]'" in train.detail
+    assert notebooks.ok and notebooks.detail == "not installed: no-such-package; pip install 'vlmedit[notebooks]'"
+    assert data.ok and data.detail == "there" and "torch" not in train.detail
 
 
 def test_doctor_measures_durations_of_every_stage(monkeypatch):

@@ -6,6 +6,7 @@ from torch import nn
 
 from vlmedit.cost import counting
 from vlmedit.cost.counting import Call, Sizes, count, kept, lora_size, parameters, standing, update_flops
+from vlmedit.networks.backbones import families
 from vlmedit.networks.lora import adapter_roles, lora_targets
 from vlmedit.testing import random_models as tiny
 
@@ -14,14 +15,16 @@ def test_real_models_have_their_published_sizes():
     """Parameters of the configurations as built, without a weight in memory, in billions: Z-Image 6.15, InternVL3-14B 15.1,
     LLaVA-OneVision-7B 8.03, Qwen2.5-VL-7B 8.29, FLUX.1 11.9, Qwen-Image 20.4, FLUX.2 klein 3.88,
     Qwen3-VL-8B 8.77, FLUX's autoencoder 0.0838."""
-    published = {
-        counting.z_image: 6.15, counting.flux_kontext: 11.9, counting.qwen_image_edit: 20.4, counting.internvl3_14b: 15.1,
-        counting.llava_onevision_7b: 8.03, counting.qwen2_5_vl_7b: 8.29, counting.qwen3_4b: 4.02, counting.flux2_klein: 3.88, counting.qwen3_vl_8b: 8.77, counting.autoencoder: 0.0838,
+    judges = {
+        counting.internvl3_14b: 15.1, counting.llava_onevision_7b: 8.03, counting.qwen2_5_vl_7b: 8.29, counting.qwen3_4b: 4.02, counting.qwen3_vl_8b: 8.77,
     }  # fmt: skip
-    for build, billions in published.items():
-        model = build()
+    backbones = {"z-image": 6.15, "flux": 11.9, "qwen-image": 20.4, "flux2": 3.88}
+    assert backbones.keys() == {name for name, family in families().items() if family.full}
+    found = [(build.__name__, build(), billions) for build, billions in judges.items()]
+    found += [(name, counting.transformer_of(name), billions) for name, billions in backbones.items()]
+    for name, model, billions in [*found, ("autoencoder", counting.autoencoder_of("flux"), 0.0838)]:
         assert all(p.is_meta for p in model.parameters())
-        assert parameters(model) / 1e9 == pytest.approx(billions, rel=0.005), build.__name__
+        assert parameters(model) / 1e9 == pytest.approx(billions, rel=0.005), name
 
 
 def test_a_call_is_counted_as_by_hand():
@@ -49,7 +52,7 @@ def test_shapes_alone_tell_what_is_kept():
     counted = {}
     for device in ("cpu", "meta"):
         with torch.device(device):
-            model = tiny.z_image()
+            model = families()["z-image"].tiny.transformer(tiny.WIDTH)
             given = [torch.zeros(4, 2, 8, 8, requires_grad=True)], torch.ones(1), [torch.zeros(9, tiny.WIDTH)]
         call = lambda: model(list(given[0]), given[1], list(given[2]), return_dict=False)[0][0]
         counted[device] = kept(model, call), (model.enable_gradient_checkpointing(), kept(model, call))[1]

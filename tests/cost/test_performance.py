@@ -7,12 +7,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from test_papers import script
+from helpers.scripts import script
 from vlmedit.kernels import dispatch
 
 from vlmedit import kernels
-from vlmedit.cost import counting, plan
+from vlmedit.cost import calls
 from vlmedit.errors import ConfigError, InputError
+from vlmedit.networks.backbones import families
+from vlmedit.networks.backbones._base import Published
+from vlmedit.networks.backbones._tiny import kl
 from vlmedit.testing import random_models as tiny
 
 performance = script("performance")
@@ -62,14 +65,14 @@ def test_the_real_sizes_path_runs_with_small_models(tmp_path, monkeypatch):
         return type(model)(config)
 
     with torch.device("meta"):
-        parts = {"a/backbone": tiny.z_image(), "a/judge": judge()}
+        backbone, own = families()["z-image"].tiny.transformer(tiny.WIDTH), judge()
 
     def absent(place, file):
         raise InputError(f"{place}: not there")
 
-    monkeypatch.setattr(plan, "read_json", absent)
-    monkeypatch.setattr(plan, "PUBLISHED", {name: lambda model=model: model for name, model in parts.items()})
-    monkeypatch.setattr(counting, "autoencoder", lambda: counting._meta(tiny.kl))
+    monkeypatch.setattr(calls, "read_json", absent)
+    monkeypatch.setattr(calls, "PUBLISHED", {"a/judge": lambda: own})
+    monkeypatch.setattr(calls, "published", {"a/backbone": Published(("a/backbone",), lambda: backbone, kl, "")}.get)
     monkeypatch.setitem(performance.SIZES, "real", ("zimage_internvl_lora", ("64x64",)))
     config = performance.settings("zimage_internvl_lora", "real", "ours", str(tmp_path))
     config = dataclasses.replace(config, backbone="a/backbone", judge=("a/judge",))

@@ -9,7 +9,19 @@ from helpers.tiny_models import tiny_judge
 
 from vlmedit.data import judge_lessons as schooling
 from vlmedit.data.judge_lessons import SHARES, lesson
-from vlmedit.data.lesson_pictures import BARE, RUINED, SOILED, SPOTLESS, STAIN, Clarity, blotch, clarity, mistakable, own_work, soil
+from vlmedit.data.lesson_pictures import (
+    BARE,
+    RUINED,
+    SOILED,
+    SPOTLESS,
+    STAIN,
+    Clarity,
+    blotch,
+    clarity,
+    mistakable,
+    own_work,
+    soil,
+)
 from vlmedit.data.world import Example, sample_example
 from vlmedit.equations.adversarial import answer_ids
 from vlmedit.methods.judge import practise, soften

@@ -12,36 +12,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from helpers.photos import photo
+from PIL import Image
 
 from vlmedit.cli import main
 from vlmedit.data import shards as sh
-from vlmedit.data.layouts import MAPPED, Item, check_dataset, kind_of, read_dataset, read_items, thing_removed, write_items
+from vlmedit.data.layouts import (
+    MAPPED,
+    Item,
+    check_dataset,
+    kind_of,
+    read_dataset,
+    read_items,
+    thing_removed,
+    write_items,
+)
 from vlmedit.data.manifest import load_fitted
 from vlmedit.data.prepare import journal as journals
 from vlmedit.data.prepare import run as p
 from vlmedit.data.prepare.dedupe import Gallery, Looks
 from vlmedit.data.prepare.proposals import REASONS, plain
-from vlmedit.data.requests import Book, batch_of
+from vlmedit.data.requests import batch_of
 from vlmedit.data.shards import read_shards, write_shards
 from vlmedit.data.tables import parquet_rows
 from vlmedit.errors import InputError
 from vlmedit.io import to_tensor
 from vlmedit.networks.judges import text_vlm as writers
+from vlmedit.networks.prompts import PromptTable
 from vlmedit.testing import random_models as tiny
 
 FIELDS = ["image", "instruction", "type", "object", "caption", "target_caption"]
-
-
-def photo(seed: int, size=(96, 64)) -> Image.Image:
-    """A picture of its own: smooth noise with a few shapes."""
-    rng = np.random.default_rng(seed)
-    rough = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(rough)
-    for _ in range(3):
-        x, y = rng.integers(0, size[0] - 20), rng.integers(0, size[1] - 20)
-        draw.ellipse((int(x), int(y), int(x) + 18, int(y) + 18), fill=tuple(int(v) for v in rng.integers(0, 255, 3)))
-    return rough
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_a_folder_becomes_requests(folder, tmp_path):
     items = read_items(out / "manifest.jsonl")
     assert {Image.open(i.image).size for i in items} == {(96, 64)} and len({i.image for i in items}) == 6
     assert len({i.type for i in items}) > 4 and all(i.object == "the red ball" for i in items if i.type == "remove")
-    batch = batch_of([i.request() for i in items[:4]], torch.zeros(4, 3, 8, 8), Book(), Book())
+    batch = batch_of([i.request() for i in items[:4]], torch.zeros(4, 3, 8, 8), PromptTable(), PromptTable())
     assert batch.types == tuple(i.type for i in items[:4])
     page = (out / "report.html").read_text()
     assert "18 requests from 6 pictures" in page and page.count("<img") == 18

@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from helpers.tiny_models import SIDE, pictures, requests, tiny_judge
 
 from vlmedit.data.batches import UnpairedBatch
-from vlmedit.equations.judge_loss import ANSWER_LOSSES, answer_logits, gain_ramp, judge_loss, see, vocabulary_loss, yes_no_loss
+from vlmedit.equations.judge_loss import (
+    ANSWER_LOSSES,
+    answer_logits,
+    gain_ramp,
+    judge_loss,
+    see,
+    vocabulary_loss,
+    yes_no_loss,
+)
 from vlmedit.teaching import exercises
 
 GAINS = (0.1, 0.55, 1.0)

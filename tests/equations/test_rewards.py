@@ -10,7 +10,18 @@ from torch import nn
 
 from vlmedit.equations.judge_loss import judge_loss
 from vlmedit.equations.matching import gan_loss
-from vlmedit.equations.rewards import LEVELS, REWARDS, SHIFT, WORDINGS, Panel, TeacherJudge, augmented, denoising_error, moved, reworded
+from vlmedit.equations.rewards import (
+    LEVELS,
+    REWARDS,
+    SHIFT,
+    WORDINGS,
+    Panel,
+    TeacherJudge,
+    augmented,
+    denoising_error,
+    moved,
+    reworded,
+)
 from vlmedit.errors import ConfigError
 from vlmedit.flow import flow_matching_loss, interpolate, logit_normal_time, velocity_target
 from vlmedit.methods import npedit as trainer

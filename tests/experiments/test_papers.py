@@ -1,23 +1,13 @@
 """The papers' figures: the tables of the pages are those of papers/results, and every figure in them is one of a file there."""
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.scripts import script
 
 ROOT = Path(__file__).parents[2]
-
-
-def script(name: str):
-    """A script of papers/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "papers" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where its dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
 
 
 tables = script("tables")

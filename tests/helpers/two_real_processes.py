@@ -19,12 +19,13 @@ import torch
 
 from vlmedit.cli._settings import typed
 from vlmedit.data.manifest import Feed
-from vlmedit.networks.sharding import DTensor, whole
-from vlmedit.training.real_models import RealOptimizer, make_accelerator, train_copy, train_real
+from vlmedit.training.gathered import DTensor, whole
+from vlmedit.training.optimizer import Optimizer
+from vlmedit.training.real_models import make_accelerator, train_copy, train_real
 from vlmedit.training.settings import CopyConfig, RealConfig
 
 STAGES = {"npedit": (RealConfig, train_real), "warmup": (CopyConfig, train_copy)}
-gather, parts = RealOptimizer.gather, Feed.parts
+gather, parts = Optimizer.gather, Feed.parts
 
 
 class Watch:
@@ -39,7 +40,7 @@ class Watch:
         self.key, self.rows = "/".join(map(str, key)), [look(*part) for part in found]
         return found
 
-    def gather(self, optimizer: RealOptimizer, accelerator):
+    def gather(self, optimizer: Optimizer, accelerator):
         if self.key == str(self.crash) and accelerator.process_index == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         norm = gather(optimizer, accelerator)
@@ -57,7 +58,7 @@ def watched(given: dict, updates: int | None = None) -> dict:
     config_class, train = STAGES[stage]
     config = config_class.make("laptop", **typed(config_class, given))
     accelerator, watch = make_accelerator(config), Watch(crash and crash - 1)
-    with patch.object(Feed, "parts", lambda *a: watch.parts(*a)), patch.object(RealOptimizer, "gather", lambda *a: watch.gather(*a)):
+    with patch.object(Feed, "parts", lambda *a: watch.parts(*a)), patch.object(Optimizer, "gather", lambda *a: watch.gather(*a)):
         for last in (stop or updates, None) if stop else (updates,):
             for step in train(config, accelerator):
                 if step.index == last:

@@ -733,7 +733,14 @@ def test_rotation_of_neighbors_is_diffusers():
 
 def test_the_exercises_are_the_kernels():
     """Notebook 09: programs of the first two exercises, put together, give the reference's residual and norm; the third is its gradient."""
-    from vlmedit.teaching.exercises.kernels import GATED_BLOCK, MODULATION_BACKWARD, NORMED_ROW, Memory, gated_block, normed_row
+    from vlmedit.teaching.exercises.kernels import (
+        GATED_BLOCK,
+        MODULATION_BACKWARD,
+        NORMED_ROW,
+        Memory,
+        gated_block,
+        normed_row,
+    )
 
     x, branch = torch.randn(2, 2, 3, 5)
     gate, scale, shift = torch.randn(3, 2, 5)
@@ -1042,7 +1049,7 @@ def test_a_wheel_holds_the_kernels_under_their_name_alone(tmp_path):
 
 COMPILE = """
 import sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/kernels"]
 import torch, test_kernels as T
 from vlmedit.kernels import bench, compiled
 if why := compiled.why_not():
@@ -1254,7 +1261,9 @@ def test_traffic_is_counted_where_it_arises(tmp_path, monkeypatch, capsys):
     most between its products, as the real ones do."""
     from vlmedit.kernels import traffic
 
-    from vlmedit.cost import plan
+    from vlmedit.cost import calls
+    from vlmedit.networks.backbones import families
+    from vlmedit.networks.backbones._base import Published
     from vlmedit.testing import random_models as tiny
 
     with torch.device("meta"):
@@ -1269,8 +1278,8 @@ def test_traffic_is_counted_where_it_arises(tmp_path, monkeypatch, capsys):
     attention = found[traffic.ATTENTION]
     assert attention.bytes == 4 * (48 + 12 + 12 + 48) + 4 * (2 * (48 + 12 + 12) + 2 * 48) and attention.flops == 14 * 48 * 3
     with torch.device("meta"):
-        small = tiny.z_image()
-    monkeypatch.setitem(plan.PUBLISHED, "Tongyi-MAI/Z-Image", lambda: small)
+        small = families()["z-image"].tiny.transformer(tiny.WIDTH)
+    monkeypatch.setattr(calls, "published", lambda place: Published((place,), lambda: small, lambda: None, ""))
     traffic.main(["--network", "Z-Image", "--json", str(tmp_path / "traffic.json")])
     counts = json.loads((tmp_path / "traffic.json").read_text())["networks"]["Z-Image"]
     between = {kind: m["bytes"] for kind, m in counts.items() if kind not in (traffic.PRODUCTS, traffic.ATTENTION)}

@@ -18,11 +18,13 @@ from diffusers import (
 )
 from transformers import Qwen3Config, Qwen3Model
 
-from vlmedit.data.requests import Book, Request, batch_of
+from vlmedit.data.requests import Request, batch_of
 from vlmedit.data.world import from_example
 from vlmedit.flow import interpolate, sample, to_x0, velocity_target
-from vlmedit.networks.backbones import FAMILIES, backbone_of, family_of, grid_ids, load_transformer, pack, unpack, widen
-from vlmedit.networks.prompts import TextBank, encode_prompts
+from vlmedit.networks.backbones import families, family_of
+from vlmedit.networks.backbones._base import grid_ids, pack, unpack
+from vlmedit.networks.load import backbone_of, load_transformer, widen
+from vlmedit.networks.prompts import PromptEmbeddings, PromptTable, encode_prompts
 from vlmedit.testing import random_models as tiny
 
 TIMES = (1.0, 0.8, 0.35)
@@ -31,7 +33,7 @@ TIMES = (1.0, 0.8, 0.35)
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
-    for name in tiny.BACKBONES:
+    for name in tiny.backbones():
         tiny.save_backbone(name, folder / name)
     return folder
 
@@ -39,8 +41,9 @@ def saved(tmp_path_factory):
 def plain(saved, name):
     """A backbone as released, without channels for a reference, and its autoencoder."""
     transformer = load_transformer(saved / name, "transformer")
-    family = family_of(type(transformer).__name__)
-    return backbone_of(transformer, tiny.random_bank(4, family.pooled, (7, 5) if family.masked else (7,))), tiny.load_backbone(saved / name)[1].autoencoder
+    adapter = family_of(type(transformer).__name__).adapter
+    prompts = tiny.random_prompts(4, adapter.pooled_width(transformer.config) is not None, (7, 5) if adapter.masked else (7,))
+    return backbone_of(transformer, prompts), tiny.load_backbone(saved / name)[1].autoencoder
 
 
 def ours(backbone, noise, number=1, reference=None):
@@ -85,7 +88,7 @@ def theirs(name, backbone, vae, noise, reference=None):
     return pipe(height=2 * side, width=2 * side, **given, **common)[0]
 
 
-@pytest.mark.parametrize("name", tiny.BACKBONES)
+@pytest.mark.parametrize("name", tiny.backbones())
 def test_the_stock_pipeline_is_our_sampler(saved, name):
     """Three Euler steps from one noise: packing, positions, time, scale and sign of the family's own pipeline, to 1e-4."""
     backbone, vae = plain(saved, name)
@@ -111,7 +114,7 @@ def test_kontext_is_our_sampler_with_a_reference(saved):
 
 
 @pytest.mark.parametrize("size", ((4, 8), (6, 4)))
-@pytest.mark.parametrize("name", tiny.BACKBONES)
+@pytest.mark.parametrize("name", tiny.backbones())
 def test_any_aspect_ratio_and_any_prompt_length(saved, name, size):
     """Not square, batch of three with prompts of several lengths: each row is what it is alone, with and without a reference."""
     backbone, _ = tiny.load_backbone(saved / name)
@@ -140,7 +143,7 @@ def test_z_image_two_times(saved):
         assert omni.shape == x.shape and (omni - frames).abs().max() > 1e-4 and (omni - call(reference.flip(0))).abs().max() > 1e-6
         clean = backbone(x, torch.zeros(2), torch.tensor([[1], [2]]), reference)
         assert (clean - omni).abs().max() > 1e-4
-        backbone.bank = TextBank([torch.randn(1, tiny.WIDTH)] * 3)
+        backbone.prompts = PromptEmbeddings([torch.randn(1, tiny.WIDTH)] * 3)
         with pytest.raises(ValueError, match="at least 2 tokens"):
             call(reference)
 
@@ -156,7 +159,7 @@ class _Times:
 
 
 @pytest.mark.parametrize("autocast", (False, True))
-@pytest.mark.parametrize("name", tiny.BACKBONES)
+@pytest.mark.parametrize("name", tiny.backbones())
 def test_time_is_not_rounded(saved, name, autocast):
     """A bf16 backbone, and a float32 one under autocast, embed the very times that a float32 one embeds: no t = 0.9474 that becomes 0.9492."""
     t, numbers = torch.tensor([0.9474, 0.3331]), torch.tensor([[1], [2]])
@@ -190,7 +193,7 @@ def test_an_oracle_of_each_convention_is_recovered():
             asked.append(time)
             return ([-(velocity_target(x0, eps)[i])[:, None] for i in range(2)],)
 
-    backbone = FAMILIES["ZImageTransformer2DModel"](Oracle(), tiny.random_bank(2, False))
+    backbone = family_of("ZImageTransformer2DModel").adapter(Oracle(), tiny.random_prompts(2, False))
     x = interpolate(x0, eps, t)
     v = backbone(x, t, torch.tensor([[1], [1]]))
     torch.testing.assert_close(to_x0(x, v, t), x0)
@@ -214,14 +217,14 @@ def test_packing():
 def test_widening_keeps_the_picture(saved, name):
     """A widened model draws the same without a reference, and with one before training; it takes twice the channels; not twice widened."""
     backbone, _ = plain(saved, name)
-    wide = backbone_of(widen(backbone.transformer), backbone.bank)
+    wide = backbone_of(widen(backbone.transformer), backbone.prompts)
     x, t, numbers = torch.randn(2, 4, 8, 8), torch.tensor([0.8, 0.3]), torch.tensor([[1], [2]])
     with torch.no_grad():
         before = backbone(x, t, numbers)
         torch.testing.assert_close(wide(x, t, numbers), before, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(wide(x, t, numbers, torch.randn_like(x)), before, atol=1e-6, rtol=1e-5)
     assert wide.config.in_channels == 8 and wide.channels == 4
-    with pytest.raises(ValueError, match="takes 4 channels and so no reference; pass it through vlmedit.networks.backbones.widen"):
+    with pytest.raises(ValueError, match="takes 4 channels and so no reference; pass it through vlmedit.networks.load.widen"):
         backbone(x, t, numbers, x)
     with pytest.raises(ValueError, match="widened already"):
         widen(wide.transformer)
@@ -230,9 +233,9 @@ def test_widening_keeps_the_picture(saved, name):
 # --- prompts
 
 
-def test_the_bank_hands_out_prompts_by_number():
+def test_embeddings_are_handed_out_by_number():
     """Right padding and its mask, row 0 for the unconditional score, precision; unknown numbers and empty banks are refused."""
-    bank = TextBank([torch.ones(2, 3), 2 * torch.ones(4, 3)], [torch.zeros(5), torch.ones(5)])
+    bank = PromptEmbeddings([torch.ones(2, 3), 2 * torch.ones(4, 3)], [torch.zeros(5), torch.ones(5)])
     text = bank(torch.tensor([[1], [0]]), dtype=torch.bfloat16)
     assert text.mask.tolist() == [[True] * 4, [True, True, False, False]] and text.states.dtype == torch.bfloat16
     assert [r.shape[0] for r in text.rows()] == [4, 2] and not text.states[1, 2:].any() and text.pooled[0].all()
@@ -240,9 +243,9 @@ def test_the_bank_hands_out_prompts_by_number():
     with pytest.raises(IndexError, match="number 2 of a bank of 2"):
         bank(torch.tensor([[2]]))
     with pytest.raises(ValueError, match="at least the empty prompt"):
-        TextBank([])
+        PromptEmbeddings([])
     with pytest.raises(ValueError, match="2 prompts but 1 pooled"):
-        TextBank([torch.ones(1, 3)] * 2, [torch.ones(5)])
+        PromptEmbeddings([torch.ones(1, 3)] * 2, [torch.ones(5)])
 
 
 def test_prompts_are_the_pipelines_own(saved):
@@ -252,18 +255,19 @@ def test_prompts_are_the_pipelines_own(saved):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     pipe = ZImagePipeline(scheduler(), None, Qwen3Model(config).eval(), tokenizer, None)
-    bank = encode_prompts(pipe, ["", "a red dog"], max_sequence_length=32)
+    encode_words = families()["z-image"].call("encode_words")
+    bank = encode_prompts(encode_words, pipe, ["", "a red dog"], max_sequence_length=32)
     expected = pipe.encode_prompt("a red dog", do_classifier_free_guidance=False, max_sequence_length=32)[0][0]
     assert torch.equal(bank.states[1], expected) and len(bank.states[0]) < len(bank.states[1])
     backbone = backbone_of(load_transformer(saved / "z-image", "transformer"), bank)
     assert backbone(torch.randn(1, 4, 4, 4), torch.ones(1), torch.tensor([[1]])).isfinite().all()
-    with pytest.raises(ValueError, match="do not know what SimpleNamespace.encode_prompt returns"):
-        encode_prompts(SimpleNamespace(), ["x"])
+    with pytest.raises(ValueError, match="no adapter for SimpleNamespace; known: FluxTransformer2DModel"):
+        family_of("SimpleNamespace")
 
 
 def test_requests_become_a_batch():
     """Numbers look up the words; removals ask about the output alone and want a no; the empty prompt is number 0."""
-    prompts, questions = Book(), Book()
+    prompts, questions = PromptTable(), PromptTable()
     batch = batch_of([Request("make it red", "a dog", "a red dog"), Request("remove the cat", "a cat", "a mat", "remove", "a cat")], torch.zeros(2, 3, 8, 8), prompts, questions)
     assert prompts.look_up(batch.target_caption) == ["a red dog", "a mat"] and prompts.texts[0] == "" and prompts.number("a dog") == prompts.number("a dog")
     assert batch.edit_answer.tolist() == [1, 0] and batch.edit_pair.tolist() == [1, 0] and batch.nothing.tolist() == [0, 0]
@@ -309,18 +313,18 @@ def test_unusable_models_are_refused_by_name(saved, tmp_path, monkeypatch):
 
 def test_latents_and_prompts_of_another_model_are_refused(saved):
     transformer = load_transformer(saved / "flux", "transformer")
-    backbone = backbone_of(transformer, tiny.random_bank(2))
+    backbone = backbone_of(transformer, tiny.random_prompts(2))
     ask = lambda *shape: backbone(torch.zeros(*shape), torch.ones(1), torch.tensor([[1]]))
     with pytest.raises(ValueError, match=r"x is \(1, 3, 8, 8\); FluxTransformer2DModel takes latents \(B, 4, H, W\)"):
         ask(1, 3, 8, 8)
     with pytest.raises(ValueError, match="multiples of 2"):
         ask(1, 4, 7, 8)
     with pytest.raises(ValueError, match="prompts of width 5, FluxTransformer2DModel reads 16"):
-        backbone_of(transformer, TextBank([torch.zeros(3, 5)], [torch.zeros(16)]))
+        backbone_of(transformer, PromptEmbeddings([torch.zeros(3, 5)], [torch.zeros(16)]))
     with pytest.raises(ValueError, match="needs pooled prompts"):
-        backbone_of(transformer, TextBank([torch.zeros(3, 16)]))
+        backbone_of(transformer, PromptEmbeddings([torch.zeros(3, 16)]))
     with pytest.raises(ValueError, match="no text mask"):
-        backbone_of(transformer, tiny.random_bank(2, lengths=(3, 4)))
+        backbone_of(transformer, tiny.random_prompts(2, lengths=(3, 4)))
     frames = tiny.load_backbone(saved / "z-image")[0]
     with pytest.raises(ValueError, match="two frames of one latent have one size"):
         frames(torch.zeros(1, 4, 4, 4), torch.ones(1), torch.tensor([[1]]), torch.zeros(1, 4, 8, 4))

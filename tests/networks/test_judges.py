@@ -11,9 +11,19 @@ from helpers.tiny_models import pictures
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from vlmedit.data.requests import Book, Request, batch_of
+from vlmedit.data.requests import Request, batch_of
 from vlmedit.equations.judge_loss import answer_margins, asked, judge_loss, see
-from vlmedit.networks.judges import FAMILIES, Blind, Ensemble, fitting_size, lanczos, load_judge, preprocessor_settings, two_row_margin
+from vlmedit.networks.judges import (
+    FAMILIES,
+    Blind,
+    Ensemble,
+    fitting_size,
+    lanczos,
+    load_judge,
+    preprocessor_settings,
+    two_row_margin,
+)
+from vlmedit.networks.prompts import PromptTable
 from vlmedit.testing import random_models as tiny
 
 PIL = {
@@ -135,11 +145,11 @@ def test_each_picture_is_seen_once(judge, monkeypatch):
 
 def test_the_loss_asks_the_right_questions(judge):
     """`judge_loss` over a real judge: rows, answers and both answer losses as the definitions say."""
-    book = Book()
+    book = PromptTable()
     judge.book = book
     requests = [Request("make it red", "a", "b"), Request("remove the cat", "a", "b", "remove", "a cat")]
     reference, output = pictures(2, 1, 32), pictures(2, 2, 32)
-    batch = batch_of(requests, reference, Book(), book)
+    batch = batch_of(requests, reference, PromptTable(), book)
     images, questions, answers, owners = asked(batch, output)
     assert [len(i) for i in images] == [2, 1, 2, 2] and answers.tolist() == [1, 0, 1, 1] and owners.tolist() == [0, 1, 0, 1]
     with torch.no_grad():
@@ -169,7 +179,7 @@ def test_pictures_of_several_sizes_in_one_batch(saved):
 def test_ensemble_and_blind_judge(saved):
     """An ensemble's margin and gradient are the means of its judges', and `judge_loss` takes it; a blind judge hears the question and never
     sees the picture; judges with books of their own are refused."""
-    book = Book()
+    book = PromptTable()
     two = [load_judge(saved / name, book) for name in ("internvl", "llava-onevision")]
     x = smooth(32, 32).requires_grad_()
     alone = [j.logit_margin([(x,)], ["done?"]) for j in two]
@@ -177,7 +187,7 @@ def test_ensemble_and_blind_judge(saved):
     torch.testing.assert_close(both, sum(alone) / 2)
     slopes = [torch.autograd.grad(m.sum(), x)[0] for m in (*alone, both)]
     torch.testing.assert_close(slopes[2], (slopes[0] + slopes[1]) / 2, atol=1e-6, rtol=1e-4)
-    batch = batch_of([Request("make it red", "a", "b")], smooth(32, 32, 1)[None], Book(), book)
+    batch = batch_of([Request("make it red", "a", "b")], smooth(32, 32, 1)[None], PromptTable(), book)
     assert judge_loss(Ensemble(two), batch, smooth(32, 32, 2)[None])[1].shape == (2, 1)
     blind = Blind(two[0])
     asked_twice = [blind.logit_margin([(smooth(32, 32, s),)], ["done?"]) for s in (1, 2)]

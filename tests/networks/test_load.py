@@ -17,14 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from vlmedit.errors import ConfigError, InputError
+from vlmedit.networks import checks, prompt_cache, sharding
 from vlmedit.networks import load as loading
-from vlmedit.networks import sharding
-from vlmedit.networks.backbones import load_transformer
 from vlmedit.networks.judges import load_judge
-from vlmedit.networks.lora import adapter_roles
-from vlmedit.pipelines.export import LORA_FILE
+from vlmedit.networks.load import load_transformer
+from vlmedit.networks.lora import LORA_FILE, adapter_roles
 from vlmedit.testing import random_models as tiny
-from vlmedit.testing.tiny_data import made
+from vlmedit.testing import resolve
 from vlmedit.training import real_models as train
 
 
@@ -32,7 +31,7 @@ from vlmedit.training import real_models as train
 def places(tmp_path_factory) -> dict[str, Path]:
     """A whole pipeline, a judge of each answer's spelling, and an adapter of rank 2."""
     folder = tmp_path_factory.mktemp("places")
-    found = {**{n: Path(made(f"tiny:{n}", folder, "backbone")) for n in ("z-image", "flux")}, **{n: Path(made(f"tiny:{n}", folder, "judge")) for n in ("internvl", "smolvlm", "paligemma2")}}
+    found = {**{n: Path(resolve(f"tiny:{n}", folder, "backbone")) for n in ("z-image", "flux")}, **{n: Path(resolve(f"tiny:{n}", folder, "judge")) for n in ("internvl", "smolvlm", "paligemma2")}}
     roles = adapter_roles(tiny.load_backbone(found["z-image"])[0], rank=2)
     roles.student.save(folder / "adapter")
     return {**found, "adapter": folder / "adapter"}
@@ -62,9 +61,9 @@ def cut(path: Path, bytes: int = 100) -> None:
 
 @unread
 def test_whole_models_have_no_problems(places):
-    assert loading.check_backbone(str(places["z-image"])) == []
+    assert checks.check_backbone(str(places["z-image"])) == []
     for name in ("internvl", "smolvlm", "paligemma2"):  # answers "Yes", " Yes" and "yes"
-        assert loading.check_judge(str(places[name])) == []
+        assert checks.check_judge(str(places[name])) == []
 
 
 def test_torn_files_are_told_by_their_header(tmp_path):
@@ -72,16 +71,16 @@ def test_torn_files_are_told_by_their_header(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.zeros(4, 5), "b": torch.ones(3, dtype=torch.bfloat16)}, path, {"format": "pt"})
     whole = path.read_bytes()
-    assert loading.torn(path) is None
+    assert checks.torn(path) is None
     for damaged in (whole[:-1], whole[:40], whole[:3], b"", whole + b"x"):
         path.write_bytes(damaged)
-        assert "a.safetensors is cut off or damaged" in loading.torn(path)
+        assert "a.safetensors is cut off or damaged" in checks.torn(path)
         with pytest.raises(SafetensorError):  # as its own reader says
             load_file(path)
     path.write_bytes((5).to_bytes(8, "little") + b"nojsn")
-    assert loading.torn(path) == "a.safetensors has no header of safetensors"
+    assert checks.torn(path) == "a.safetensors has no header of safetensors"
     save_file({}, path)
-    assert loading.torn(path) is None
+    assert checks.torn(path) is None
 
 
 PARTS = {
@@ -96,7 +95,7 @@ PARTS = {
 def test_a_backbone_cut_off(places, tmp_path, file):
     half = shutil.copytree(places["z-image"], tmp_path / "half")
     cut(half / file)
-    (problem,) = loading.check_backbone(str(half))
+    (problem,) = checks.check_backbone(str(half))
     assert PARTS[file] in problem and "download it again" in problem
 
 
@@ -107,14 +106,14 @@ def test_parts_that_the_index_names(places, tmp_path):
     (half / "text_encoder/model.safetensors").unlink()
     shutil.rmtree(half / "tokenizer")
     (half / "scheduler/scheduler_config.json").unlink()
-    problems = loading.check_backbone(str(half))
+    problems = checks.check_backbone(str(half))
     assert len(problems) == 3 and all("half" in p for p in problems)
     for part, said in (("text_encoder", "it lacks its weights"), ("tokenizer", "its files are missing"), ("scheduler", "its files are missing")):
         assert sum(f"/{part}: " in p and said in p for p in problems) == 1
     (half / "text_encoder/config.json").unlink()
-    assert any("text_encoder: no config.json" in p for p in loading.check_backbone(str(half)))
+    assert any("text_encoder: no config.json" in p for p in checks.check_backbone(str(half)))
     (half / "model_index.json").write_text("{")
-    (problem,) = loading.check_backbone(str(half))
+    (problem,) = checks.check_backbone(str(half))
     assert "model_index.json is no JSON" in problem
 
 
@@ -157,7 +156,7 @@ def test_bad_judges(places, tmp_path, name, what):
     """One problem each, by the small files."""
     half = shutil.copytree(places[name], tmp_path / "half")
     spoil(half, what)
-    (problem,) = loading.check_judge(str(half))
+    (problem,) = checks.check_judge(str(half))
     assert problem.startswith("judge: ") and re.search(JUDGES[what], problem) and "\n" not in problem
 
 
@@ -167,10 +166,10 @@ def test_a_judge_answers_in_its_familys_words(places, tmp_path):
     for name, fine in (("paligemma2", True), ("internvl", False)):
         folder = shutil.copytree(places[name], tmp_path / name)
         tiny.tokenizer(("yes", "no")).save_pretrained(folder)
-        assert (loading.check_judge(str(folder)) == []) == fine
-    folder = shutil.copytree(made("tiny:qwen2.5-vl", tmp_path, "judge"), tmp_path / "q")
+        assert (checks.check_judge(str(folder)) == []) == fine
+    folder = shutil.copytree(resolve("tiny:qwen2.5-vl", tmp_path, "judge"), tmp_path / "q")
     changed(folder, "preprocessor_config.json", lambda s: s.pop("size"))
-    (problem,) = loading.check_judge(str(folder))
+    (problem,) = checks.check_judge(str(folder))
     assert "settings lack 'size'" in problem
 
 
@@ -199,22 +198,22 @@ def settings(places, start, **other):
 @unread
 def test_starts(places, tmp_path):
     """A start that fits has no problems; another rank or backbone, a file cut off, and a whole transformer's of another class are told."""
-    assert loading.check_start(settings(places, places["adapter"])) == [] == loading.check_start(settings(places, ""))
-    (problem,) = loading.check_start(settings(places, places["adapter"], rank=4))
+    assert checks.check_start(settings(places, places["adapter"])) == [] == checks.check_start(settings(places, ""))
+    (problem,) = checks.check_start(settings(places, places["adapter"], rank=4))
     assert "an adapter of rank 2, and rank is 4" in problem
-    (problem,) = loading.check_start(settings(places, places["adapter"], backbone=str(places["flux"])))
+    (problem,) = checks.check_start(settings(places, places["adapter"], backbone=str(places["flux"])))
     assert "of another backbone" in problem
     half = shutil.copytree(places["adapter"], tmp_path / "half")
     cut(half / LORA_FILE)
-    (problem,) = loading.check_start(settings(places, half))
+    (problem,) = checks.check_start(settings(places, half))
     assert "is cut off or damaged" in problem
     (half / LORA_FILE).unlink()
-    assert LORA_FILE in loading.check_start(settings(places, half))[0]
-    assert "no folder" in loading.check_start(settings(places, tmp_path / "gone"))[0]
+    assert LORA_FILE in checks.check_start(settings(places, half))[0]
+    assert "no folder" in checks.check_start(settings(places, tmp_path / "gone"))[0]
     modules = settings(places, places["z-image"] / "transformer", roles="modules")
-    assert loading.check_start(modules) == []
+    assert checks.check_start(modules) == []
     modules.backbone = str(places["flux"])
-    (problem,) = loading.check_start(modules)
+    (problem,) = checks.check_start(modules)
     assert "a ZImageTransformer2DModel, and the backbone is a FluxTransformer2DModel" in problem
 
 
@@ -231,16 +230,16 @@ def test_an_adapter_of_another_rank_is_not_copied(places):
 def test_a_cache_belongs_to_one_place_and_encoder(places, tmp_path):
     """Two folders of one name, and one folder before and after its text encoder was exchanged, have different identities."""
     same = [Path(shutil.copytree(places["z-image"], tmp_path / n / "pipe")) for n in "ab"]
-    of = lambda place: loading.encoder_of(SimpleNamespace(backbone=str(place), text_length=64, precision="no"))
+    of = lambda place: prompt_cache.encoder_of(SimpleNamespace(backbone=str(place), text_length=64, precision="no"))
     first, second = map(of, same)
     assert first["backbone"] != second["backbone"] and first["text_encoder"] == second["text_encoder"] and first == of(same[0] / ".." / "pipe")
     changed(same[0] / "text_encoder", "config.json", lambda c: c.update(rope_scaling=3))
     assert of(same[0])["text_encoder"] != first["text_encoder"]
-    train.PromptCache(tmp_path / "text", first).folder.mkdir()
+    prompt_cache.PromptCache(tmp_path / "text", first).folder.mkdir()
     (tmp_path / "text/encoder.json").write_text(json.dumps(first))
     for other in (second, of(same[0])):
         with pytest.raises(InputError, match="prompts of another encoder"):
-            train.PromptCache(tmp_path / "text", other)
+            prompt_cache.PromptCache(tmp_path / "text", other)
 
 
 # --- shards
@@ -263,7 +262,7 @@ def test_shards_that_wait_on_the_cpu_stay_there(places, monkeypatch, offloaded):
         sharding.shard(judge.model, accelerator, "no", root=False)
         shards = {n for n, p in judge.named_parameters() if isinstance(p, sharding.DTensor)}
         torch.testing.assert_close(ask().detach(), before)
-        sharding.settle(judge, torch.device("meta"))
+        sharding.to_device(judge, torch.device("meta"))
         where = {n: p.device.type for n, p in judge.named_parameters()}
         assert shards and shards == {n for n, d in where.items() if d == "cpu"} and len(shards) < len(where)
         assert {b.device.type for b in judge.buffers()} == {"meta"} and judge.model.tied.weight is judge.model.get_input_embeddings().weight

@@ -20,13 +20,14 @@ from safetensors import SafetensorError
 
 from vlmedit.cli import main
 from vlmedit.cli._settings import read_settings, typed
-from vlmedit.networks.backbones import Channels, family_of, load_transformer, widen
-from vlmedit.networks.lora import lora_targets
+from vlmedit.networks.backbones import family_of
+from vlmedit.networks.load import load_transformer, widen
+from vlmedit.networks.lora import LORA_FILE, lora_targets
 from vlmedit.pipelines import export as exporting
 from vlmedit.pipelines import exported as editor
-from vlmedit.pipelines.export import ABOUT, CODE, LORA_FILE, export
+from vlmedit.pipelines.export import ABOUT, CODE, export
 from vlmedit.testing import random_models as tiny
-from vlmedit.testing.tiny_data import made
+from vlmedit.testing import resolve
 from vlmedit.training.settings import CONFIGS, RealConfig
 
 WORDS = "turn the sky into a nest of colours"  # no instruction of the miniature
@@ -51,7 +52,7 @@ def editors(tmp_path_factory):
             return out if out.is_dir() else export(folder / f"{backbone}-{kind}-run", out, kind, dtype)
         if (backbone, kind) in found:
             return found[backbone, kind]
-        place = made(f"tiny:{backbone}", folder, "backbone")
+        place = resolve(f"tiny:{backbone}", folder, "backbone")
         own = dict(
             backbone=place, text_length=160 if backbone == "qwen-image" else 64, buckets=["128x128" if backbone == "flux2" else "64x64"], sampler_steps=2, sampler_shift=3.0,
             roles="adapters" if kind == "adapter" else "modules",
@@ -65,7 +66,7 @@ def editors(tmp_path_factory):
             perturb(p for n, p in transformer.named_parameters() if "lora" in n)
             transformer.save_lora_adapter(run / "model")
         else:
-            transformer = widen(transformer) if issubclass(family_of(type(transformer).__name__), Channels) else transformer
+            transformer = widen(transformer) if family_of(type(transformer).__name__).widened else transformer
             perturb(transformer.parameters())
             transformer.save_pretrained(run / "model")
         found[backbone, kind] = export(run, folder / f"{backbone}-{kind}", kind, torch.float32)
@@ -76,7 +77,7 @@ def editors(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory) -> str:
-    return made("tiny:qwen2.5-vl", tmp_path_factory.mktemp("judge"), "judge")
+    return resolve("tiny:qwen2.5-vl", tmp_path_factory.mktemp("judge"), "judge")
 
 
 @pytest.fixture
@@ -401,10 +402,10 @@ def test_a_benchmarks_edits_are_drawn(editors, photo, tmp_path, capsys):
 def with_code(folder: Path, target: Path) -> Path:
     """A copy whose pipeline turns its pictures upside down."""
     shutil.copytree(folder, target)
-    text = (target / CODE.name).read_text()
+    text = (target / CODE).read_text()
     line = "images = x if output_type"
     assert line in text
-    (target / CODE.name).write_text(text.replace("        images = x if output_type", "        x = x.flip(-2)\n        images = x if output_type"))
+    (target / CODE).write_text(text.replace("        images = x if output_type", "        x = x.flip(-2)\n        images = x if output_type"))
     return target
 
 
@@ -414,7 +415,7 @@ def test_changed_code_runs_only_if_it_is_trusted(editors, photo, tmp_path, capsy
     changed = with_code(editors("z-image", kind), tmp_path / "changed")
     assert edit(photo, WORDS, tmp_path / "e.png", changed) == 2
     said = capsys.readouterr().err
-    assert CODE.name in said and "--trust-remote-code" in said and not (tmp_path / "e.png").exists()
+    assert CODE in said and "--trust-remote-code" in said and not (tmp_path / "e.png").exists()
     assert edit(photo, WORDS, tmp_path / "own.png", editors("z-image", kind)) == 0
     assert edit(photo, WORDS, tmp_path / "e.png", changed, "--trust-remote-code") == 0
     assert np.abs(array(tmp_path / "own.png") - array(tmp_path / "e.png")).mean() > 0.5
@@ -454,7 +455,7 @@ def spoil(editors, tmp_path: Path, what: str) -> tuple[Path | str, tuple]:
         return whole, {
             "force": ("--force",), "no judge": ("--best-of", "2"), "judge is gone": ("--report", "--judge", str(tmp_path / "gone")), "judge is an editor": ("--report", "--judge", str(whole)),
             "no words": (), "no steps": ("--steps", "0"), "no side": ("--side", "3"), "a huge side": ("--side", "100000"),
-            "idle judge": ("--judge", made("tiny:qwen2.5-vl", tmp_path, "judge")),
+            "idle judge": ("--judge", resolve("tiny:qwen2.5-vl", tmp_path, "judge")),
         }[what]  # fmt: skip
     return half, ()
 

@@ -73,17 +73,17 @@ def test_badges_stand_below_the_title_and_go_again():
 
 def test_the_readme_has_the_badges_of_the_declared_address():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    if badges.declared() or badges.BEGIN not in readme:
-        assert readme == badges.with_badges(readme, badges.declared()), "run `python -m vlmedit.teaching.badges`"
+    if badges.declared(ROOT) or badges.BEGIN not in readme:
+        assert readme == badges.with_badges(readme, badges.declared(ROOT)), "run `python -m vlmedit.teaching.badges`"
     else:
-        assert readme == badges.with_badges(readme, badges.address()), "run `python -m vlmedit.teaching.badges`"
+        assert readme == badges.with_badges(readme, badges.address(ROOT)), "run `python -m vlmedit.teaching.badges`"
 
 
 def test_colab_gets_a_setup_cell_and_nobody_else_does(tmp_path):
-    written = badges.write_colab(tmp_path, ADDRESS)
-    assert [p.name for p in written] == [p.name for p in sorted(badges.FOLDER.glob("*.ipynb"))]
+    written = badges.write_colab(ROOT, tmp_path, ADDRESS)
+    assert [p.name for p in written] == [p.name for p in sorted((ROOT / "notebooks").glob("*.ipynb"))]
     for path in written:
-        book, ours = nbformat.read(path, 4), nbformat.read(badges.FOLDER / path.name, 4)
+        book, ours = nbformat.read(path, 4), nbformat.read(ROOT / "notebooks" / path.name, 4)
         nbformat.validate(book)
         tagged = [c for c in book.cells if "setup" in c.metadata.get("tags", ())]
         assert tagged == [book.cells[1]] and ADDRESS in tagged[0].source
@@ -91,7 +91,7 @@ def test_colab_gets_a_setup_cell_and_nobody_else_does(tmp_path):
         assert not [c for c in ours.cells if "setup" in c.metadata.get("tags", ()) or "colab" in c.source.lower()]
         assert not any(c.get("outputs") for c in book.cells)
     with pytest.raises(badges.InputError, match="pyproject.toml"):
-        badges.write_colab(tmp_path, None)
+        badges.write_colab(ROOT, tmp_path, None)
 
 
 def test_the_setup_cell_installs_on_colab_alone(monkeypatch):

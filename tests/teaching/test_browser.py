@@ -20,7 +20,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from vlmedit.teaching.workshop import without_outputs
+from vlmedit.teaching.notebook import without_outputs
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = [p for p in sorted((ROOT / "notebooks").glob("*.ipynb")) if p.name[:2] in ("00", "05")]

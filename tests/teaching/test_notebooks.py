@@ -14,7 +14,8 @@ import pytest
 from vlmedit.pipelines.shapes import checkpoint
 from vlmedit.teaching import checking, exercises
 from vlmedit.teaching.checking import Exercise
-from vlmedit.teaching.workshop import solved, without_outputs
+from vlmedit.teaching.notebook import without_outputs
+from vlmedit.teaching.workshop import solved
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -102,16 +103,17 @@ def test_every_name_in_the_prose_exists(path):
         # "`test_flow`: `test_a`, `test_b`; `test_pipeline::test_c`"
         tests, here = {}, None
         for name, inner in re.findall(r"`(test_\w+)(?:::(test_\w+))?`", line):
-            if inner or (ROOT / "tests" / f"{name}.py").exists():
+            if inner or any((ROOT / "tests").rglob(f"{name}.py")):
                 here = name
                 tests.setdefault(here, [])
                 if inner:
                     tests[here].append(inner)
             else:
-                assert here, f"no file tests/{name}.py"
+                assert here, f"no file {name}.py in tests"
                 tests[here].append(name)
         for file, functions in tests.items():
-            source = (ROOT / "tests" / f"{file}.py").read_text()
+            (found,) = (ROOT / "tests").rglob(f"{file}.py")
+            source = found.read_text()
             assert not [f for f in functions if f"def {f}(" not in source], file
 
 
@@ -156,7 +158,7 @@ def test_every_exercise_runs_as_a_stub_and_with_its_solution(path):
     """Each stub's own cell gives the reference; the reference in its place is kept. Every stub is checked."""
     notebook = nbformat.read(path, 4)
     stubs = [c.source for c in notebook.cells if "exercise" in c.metadata.get("tags", ())]
-    checks = dict(re.findall(r"^(\w+) = learn\.check\(\1, exercises\.(\w+)\)$", "\n".join(code_of(path)), re.M))
+    checks = dict(re.findall(r"^(\w+) = checking\.check\(\1, exercises\.(\w+)\)$", "\n".join(code_of(path)), re.M))
     names = {ast.parse(s).body[0].name for s in stubs}
     assert names == set(checks) and names
     for stub in stubs:

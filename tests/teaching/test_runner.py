@@ -24,7 +24,7 @@ def make(path: Path, *code: str, parameters: str = 'TIER = "smoke"\nSEED = 0\nWE
     return path
 
 
-RECORD = "from vlmedit import learn\nlearn.record(tier=TIER, seed=SEED, score=SEED * WEIGHT, by={'x': SEED + 1})"
+RECORD = "from vlmedit.teaching import checking\nchecking.record(tier=TIER, seed=SEED, score=SEED * WEIGHT, by={'x': SEED + 1})"
 
 
 def test_list_gives_titles_and_parameters(tmp_path, capsys):
@@ -39,6 +39,24 @@ def test_the_repository_s_notebooks_are_found_from_anywhere(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert [n.name for n in suite.find()] == [p.stem for p in COMMITTED]
     assert suite.find("00")[0].name == "00_start_here"
+
+
+def test_copies_are_for_working_in(tmp_path, capsys):
+    """All notebooks without outputs; a folder that holds one of them is left as it is."""
+    book = make(tmp_path / "books/00_tiny.ipynb", "1 + 1")
+    make(tmp_path / "books/01_more.ipynb")
+    assert suite.refresh(suite.read(book), tmp_path / "out").ok and nbformat.read(book, 4).cells[-1].outputs
+    mine, command = tmp_path / "mine", ["notebook", "copy", str(tmp_path / "mine"), "--folder", str(tmp_path / "books")]
+    assert main(command) == 0 and "2 notebooks" in capsys.readouterr().out
+    copied = nbformat.read(mine / "00_tiny.ipynb", 4)
+    nbformat.validate(copied)
+    assert [c.source for c in copied.cells] == [c.source for c in nbformat.read(book, 4).cells] and "vlmedit" not in copied.metadata
+    assert not any(c.get("outputs") or c.get("execution_count") for c in copied.cells) and (mine / "01_more.ipynb").is_file()
+    (mine / "01_more.ipynb").unlink()
+    (mine / "00_tiny.ipynb").write_text("my work")
+    assert main(command) == 2 and "00_tiny.ipynb there already" in capsys.readouterr().err
+    assert (mine / "00_tiny.ipynb").read_text() == "my work" and not (mine / "01_more.ipynb").exists()
+    assert main(["notebook", "copy"]) == 2 and "copy needs a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

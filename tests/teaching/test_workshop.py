@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -66,3 +67,14 @@ def test_wrong_timings_are_refused_and_the_module_runs(tmp_path):
     assert not (tmp_path / "dist").exists()
     done = subprocess.run([sys.executable, "-m", "vlmedit.teaching.workshop", str(tmp_path / "dist")], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.count(".zip") == 2, done.stderr[-500:]
+
+
+@pytest.mark.parametrize("module", ["workshop", "badges"])
+def test_without_a_checkout_one_line_says_so(module, tmp_path):
+    """The package alone, as a wheel brings it: exit code 2, one line, nothing written."""
+    shutil.copytree(ROOT / "vlmedit", tmp_path / "lib/vlmedit", ignore=shutil.ignore_patterns("checkpoints", "__pycache__"))
+    (tmp_path / "here").mkdir()
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'lib')!r}); from vlmedit.teaching import {module}; sys.exit({module}.main([]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / "here")
+    assert done.returncode == 2 and not done.stdout and not list((tmp_path / "here").iterdir())
+    assert done.stderr.count("\n") == 1 and "is no checkout of the repository" in done.stderr

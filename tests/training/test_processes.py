@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from vlmedit.cli._settings import read_settings
 from vlmedit.data.layouts import read_items
 from vlmedit.data.shards import write_shards
-from vlmedit.pipelines.export import LORA_FILE
-from vlmedit.testing.tiny_data import made
+from vlmedit.networks.lora import LORA_FILE
+from vlmedit.testing import resolve
 from vlmedit.training import real_models as train
 from vlmedit.training.real_models import RealEdit, Waiting
 from vlmedit.training.settings import CONFIGS
@@ -48,8 +48,8 @@ BF16 = 2**-5  # sixteen roundings of 2^-9: shards round the scales of norms, and
 def settings(tmp_path_factory):
     """Settings of a run of three updates in buckets of three shapes, by backbone, source of data and overrides. Prompts are encoded once."""
     folder = tmp_path_factory.mktemp("places")
-    places = {name: made(f"tiny:{name}", folder, "backbone") for name in ("flux", "z-image")}
-    judge, data = made("tiny:internvl", folder, "judge"), {"manifest": made("tiny:shapes", folder, "data")}
+    places = {name: resolve(f"tiny:{name}", folder, "backbone") for name in ("flux", "z-image")}
+    judge, data = resolve("tiny:internvl", folder, "judge"), {"manifest": resolve("tiny:shapes", folder, "data")}
     for kind in ("tar", "parquet"):
         if kind == "parquet":
             pytest.importorskip("pyarrow")

@@ -29,24 +29,28 @@ from torch import nn
 
 from vlmedit.cli import main
 from vlmedit.cli._settings import read_settings, typed
-from vlmedit.cost import plan
+from vlmedit.cost import calls, counting, plan, table
 from vlmedit.data.layouts import read_items
-from vlmedit.data.manifest import Feed, Order, book_of, load_fitted, nearest, read_manifest
-from vlmedit.data.requests import Book
+from vlmedit.data.manifest import Feed, Order, load_fitted, nearest, read_manifest, texts_of
 from vlmedit.data.shards import write_shards
 from vlmedit.equations.judge_loss import judge_loss
 from vlmedit.errors import ConfigError, InputError
 from vlmedit.flow import few_step_times, guide, sample
 from vlmedit.networks import load as loading
-from vlmedit.networks.backbones import Backbone, pack, unpack
+from vlmedit.networks import prompt_cache
+from vlmedit.networks.backbones import families
+from vlmedit.networks.backbones._base import Backbone, pack, unpack
 from vlmedit.networks.prompt_cache import PromptCache, pipeline_encoder
+from vlmedit.networks.prompts import PromptEmbeddings, PromptTable
 from vlmedit.pipelines.export import ABOUT, CODE, export, push_to_hub
 from vlmedit.pipelines.shapes import to_pixels
+from vlmedit.pipelines.standalone import standalone
 from vlmedit.seeds import rng_for
-from vlmedit.testing.tiny_data import PIPELINES, made
+from vlmedit.testing import resolve
 from vlmedit.training import real_models as train
 from vlmedit.training import trackers
-from vlmedit.training.real_models import Guided, RealEdit, Setup, Waiting, train_copy, train_real
+from vlmedit.training.offload import Offloaded
+from vlmedit.training.real_models import Guided, RealEdit, Setup, train_copy, train_real
 from vlmedit.training.settings import CONFIGS, CopyConfig, RealConfig, find_config, shipped
 
 BACKBONES = ("z-image", "flux")
@@ -56,8 +60,8 @@ BACKBONES = ("z-image", "flux")
 def places(tmp_path_factory) -> dict:
     """Pipelines, judge and data on disk, and the prompts encoded once per pipeline."""
     folder = tmp_path_factory.mktemp("places")
-    found = {name: made(f"tiny:{name}", folder, "backbone") for name in BACKBONES}
-    return {**found, "judge": made("tiny:internvl", folder, "judge"), "data": made("tiny:shapes", folder, "data"), "folder": folder}
+    found = {name: resolve(f"tiny:{name}", folder, "backbone") for name in BACKBONES}
+    return {**found, "judge": resolve("tiny:internvl", folder, "judge"), "data": resolve("tiny:shapes", folder, "data"), "folder": folder}
 
 
 @pytest.fixture
@@ -67,8 +71,8 @@ def settings(places, tmp_path):
 
     def make(backbone="z-image", **overrides) -> dict:
         text = str(places["folder"] / f"text-{Path(backbone).name}-{overrides.get('precision', 'no')}")
-        if backbone in PIPELINES and backbone not in places:
-            places[backbone] = made(f"tiny:{backbone}", places["folder"], "backbone")
+        if backbone in families() and backbone not in places:
+            places[backbone] = resolve(f"tiny:{backbone}", places["folder"], "backbone")
         own = dict(backbone=places.get(backbone, backbone), judge=[places["judge"]], data=places["data"], text_cache=text, out=str(tmp_path / "run"), trackers=[])
         return {**base, **own, **overrides}
 
@@ -155,13 +159,13 @@ def test_roles_can_wait_on_the_cpu(settings, monkeypatch):
     """Two updates with every role waiting while others work end with the weights of two updates without; weights were elsewhere meanwhile,
     a frozen role's home is never written, and nobody is missing when it is called."""
     states, away = [], []
-    leave = Waiting.leave
+    leave = Offloaded.leave
 
     def watch(self):
         away.append(bool(self.homes) and all(p.data_ptr() != home.data_ptr() for p, home in self.homes.items()))
         leave(self)
 
-    monkeypatch.setattr(Waiting, "leave", watch)
+    monkeypatch.setattr(Offloaded, "leave", watch)
     for offload in ((), ("student", "fake", "teacher", "judge")):
         given = settings("flux", roles="modules", steps=2, offload=list(offload), out=str(Path(settings()["out"]) / f"{len(offload)}"))
         list(train_real(config_of(given)))
@@ -169,7 +173,7 @@ def test_roles_can_wait_on_the_cpu(settings, monkeypatch):
     assert moved(*states) == 0 and sum(away) > 4
     module = nn.Linear(3, 3).requires_grad_(False)
     home = module.weight.data_ptr()
-    waiting = Waiting(module, torch.device("cpu"))
+    waiting = Offloaded(module, torch.device("cpu"))
     waiting.enter()
     module.weight.data.add_(1)
     waiting.leave()
@@ -188,7 +192,7 @@ def test_copy_warmup_starts_a_run(settings, tmp_path, monkeypatch):
         steps = list(train_copy(config_of(given, CopyConfig)))
         assert all(0 < s.metrics["loss"] < 100 and s.metrics["gradient_norm"] > 0 for s in steps)
         assert len(read) == 1  # of the modules; adapters have a loader of their own
-        empty = book_of(read_manifest(given["data"]), "low quality, artifacts").number("")
+        empty = PromptTable("low quality, artifacts", texts_of(read_manifest(given["data"]))).number("")
         assert empty > 0 and {n for numbers in asked for n in numbers.flatten().tolist()} == {empty}
         assert json.loads((tmp_path / roles / "model" / train.MODE_FILE).read_text()) == {"omni": given["omni"]}
         after = load_file(tmp_path / roles / "checkpoint/model.safetensors")
@@ -392,7 +396,7 @@ def test_the_manifest_becomes_batches(places, settings):
     """Pictures come in buckets of their own aspect ratio, whole batches of one size; requests, prompts and answers are the manifest's."""
     rows = read_manifest(places["data"])
     config = config_of(settings(batch=2, nothing_share=0.0))
-    prompts, questions = book_of(rows, "negative"), Book()
+    prompts, questions = PromptTable("negative", texts_of(rows)), PromptTable()
     feed = Feed(rows, config, prompts, questions)
     size, sizes = len(prompts.texts), set()
     for k in range(6):
@@ -442,7 +446,7 @@ def test_order_uses_every_row_and_resumes():
 def test_processes_split_one_order(places, settings):
     """Two processes' batches together are those of one that accumulates both, number by number."""
     rows, config = read_manifest(places["data"]), config_of(settings(batch=1))
-    feed = lambda accumulate, *process: Feed(rows, replace(config, accumulate=accumulate), book_of(rows), Book(), *process)
+    feed = lambda accumulate, *process: Feed(rows, replace(config, accumulate=accumulate), PromptTable("", texts_of(rows)), PromptTable(), *process)
     one, two = feed(2), [feed(1, rank, 2) for rank in range(2)]
     for k in range(3):
         whole = one.parts(k)
@@ -461,14 +465,14 @@ def test_shards_are_the_manifest(places, settings, tmp_path, kind):
     packed = read_manifest(tmp_path / "shards")
     assert [r.request for r in packed] == [r.request for r in rows] and not {type(r.image) for r in packed} & {type(r.image) for r in rows}
     for rank in range(3):
-        plain, feed, again = (Feed(r, config, book_of(rows), Book(), rank, 3) for r in (rows, packed, packed))
+        plain, feed, again = (Feed(r, config, PromptTable("", texts_of(rows)), PromptTable(), rank, 3) for r in (rows, packed, packed))
         plain.parts(0), feed.parts(0)
         again.order.load_state_dict(feed.order.state_dict())
         expected = plain.parts(1)
         for other in (feed, again):
             for (n, a), (m, b) in zip(expected, other.parts(1), strict=True):
                 assert n == m and a.types == b.types and torch.equal(a.reference, b.reference) and torch.equal(a.instruction, b.instruction)
-    fewer = Feed(packed[1:], config, book_of(rows), Book())
+    fewer = Feed(packed[1:], config, PromptTable("", texts_of(rows)), PromptTable())
     with pytest.raises(InputError, match=f"stopped with {len(rows)} rows of data .* finds {len(rows) - 1} .*name a new out folder"):
         fewer.order.load_state_dict(feed.order.state_dict())
 
@@ -495,13 +499,13 @@ def test_prompts_are_encoded_once(places, tmp_path):
     next(cache.fill(texts, counted, at_once=2))  # stopped after the first shard
     again = PromptCache(tmp_path / "text", {"backbone": "z"})
     assert list(again.fill(texts, counted, at_once=2)) == [2] and asked == texts
-    bank = again.bank(texts[::-1])
+    bank = again.embeddings(PromptTable(texts[-1], texts[::-1]))
     for text, states in zip(texts, reversed(list(bank(torch.arange(4)).rows()))):
         assert torch.equal(states, encode([text]).states[0])
     with pytest.raises(InputError, match="prompts of another encoder"):
         PromptCache(tmp_path / "text", {"backbone": "other"})
     with pytest.raises(InputError, match="lacks 1 prompts, the first 'new'"):
-        again.bank(["new"])
+        again.embeddings(PromptTable("new"))
 
 
 # --- the budget
@@ -571,15 +575,15 @@ def test_every_shipped_file_can_be_counted_without_a_network(name, monkeypatch):
     """Every model that a shipped file names is known by its published configuration: its size, and an autoencoder of its latents. (The two
     others make theirs on the spot.)"""
     assert OFFLINE.keys() == shipped().keys() - {"tiny", "shapes"}
-    monkeypatch.setattr(plan, "read_json", lambda *_: None)  # no file, no network
+    monkeypatch.setattr(calls, "read_json", lambda *_: None)  # no file, no network
     config = config_of(read_settings(shipped()[name]), CopyConfig if name == "zimage_refcopy" else RealConfig)
     backbone, judge = OFFLINE[name]
-    transformer, note = plan.meta_transformer.__wrapped__(config.backbone)
-    assert plan.budget.parameters(transformer) / 1e9 == pytest.approx(backbone, rel=0.005) and note == "published configuration"
+    transformer, note = calls.meta_transformer.__wrapped__(config.backbone)
+    assert counting.parameters(transformer) / 1e9 == pytest.approx(backbone, rel=0.005) and note == "published configuration"
     latents = {"ZImageTransformer2DModel": 16, "FluxTransformer2DModel": 16, "QwenImageTransformer2DModel": 16, "Flux2Transformer2DModel": 128}
-    assert plan.meta_codec.__wrapped__(config.backbone)[0].channels == latents[type(transformer).__name__]
+    assert calls.meta_codec.__wrapped__(config.backbone)[0].channels == latents[type(transformer).__name__]
     if judge:
-        assert plan.budget.parameters(plan.meta_judge.__wrapped__(config.judge[0])[0]) / 1e9 == pytest.approx(judge, rel=0.005)
+        assert counting.parameters(calls.meta_judge.__wrapped__(config.judge[0])[0]) / 1e9 == pytest.approx(judge, rel=0.005)
 
 
 def test_the_warmup_is_counted_as_it_runs(settings, capsys):
@@ -602,10 +606,10 @@ def test_the_warmup_is_counted_as_it_runs(settings, capsys):
         assert found.peak == sum(r.standing + r.activations for r in found.roles)
         on_disk = sum(t.numel() * t.element_size() for file in Path(given["out"], "text").glob("*.safetensors") for t in load_file(file).values())
         assert (found.prompts.count, found.prompts.bytes) == (len(setup.prompts.texts), on_disk)
-    plan.show(found)
+    table.show(found)
     shown = capsys.readouterr().out
     assert f"{found.prompts.count} x 64 tokens" in shown and "judge" not in shown
-    plan.show(replace(found, prompts=None))
+    table.show(replace(found, prompts=None))
     assert "cannot be read" in capsys.readouterr().out
 
 
@@ -613,7 +617,7 @@ def test_processes_encode_their_shares(settings, tmp_path, monkeypatch):
     """Three processes encode a third each, and their parts become one cache, the one that a single process fills; a part that an interrupted
     run left is used; a disk that is too small is named before anything is written."""
     config = config_of(settings(precision="no"))
-    prompts, asked, lock, meet = book_of(read_manifest(config.data), config.negative_prompt), [], Lock(), Barrier(3)
+    prompts, asked, lock, meet = PromptTable(config.negative_prompt, texts_of(read_manifest(config.data))), [], Lock(), Barrier(3)
     encode = pipeline_encoder(config.backbone, torch.device("cpu"), torch.float32, config.text_length)
 
     def counted(texts):
@@ -621,12 +625,12 @@ def test_processes_encode_their_shares(settings, tmp_path, monkeypatch):
             asked.append(len(texts))
             return encode(texts)
 
-    def process(name: str, rank: int = 0, of: int = 1) -> train.TextBank:
+    def process(name: str, rank: int = 0, of: int = 1) -> PromptEmbeddings:
         wait = meet.wait if of > 1 else lambda: None
         told = SimpleNamespace(device=torch.device("cpu"), print=lambda *_: None, process_index=rank, num_processes=of, is_main_process=rank == 0, wait_for_everyone=wait)
-        return train.encoded(replace(config, text_cache=str(tmp_path / name)), prompts, told)
+        return prompt_cache.encoded(replace(config, text_cache=str(tmp_path / name)), prompts, told)
 
-    monkeypatch.setattr(train, "pipeline_encoder", lambda *_: counted)
+    monkeypatch.setattr(prompt_cache, "pipeline_encoder", lambda *_: counted)
     alone = process("alone")
     asked.clear()
     with ThreadPoolExecutor(3) as pool:
@@ -723,7 +727,7 @@ def nothing_is_read(monkeypatch):
     for name in ("load_transformer", "load_judge"):
         monkeypatch.setattr(loading, name, refuse)
     monkeypatch.setattr(loading.diffusers.AutoModel, "from_pretrained", refuse)
-    monkeypatch.setattr(train, "pipeline_encoder", refuse)
+    monkeypatch.setattr(prompt_cache, "pipeline_encoder", refuse)
 
 
 def spoil(places, tmp_path, what) -> dict:
@@ -876,7 +880,7 @@ def test_a_removal_is_mirrored_only_where_it_may(places, settings):
     """Mirroring every picture leaves those alone whose words say left or right."""
     rows = read_manifest(places["data"])
     config = replace(config_of(settings(nothing_share=0.0)), flip=1.0)
-    feed = Feed(rows, config, book_of(rows), Book())
+    feed = Feed(rows, config, PromptTable("", texts_of(rows)), PromptTable())
     row = rows[0]
     for words, mirrored in (("make it red", True), ("remove the left circle", False)):
         feed.rows = [replace(row, request=replace(row.request, instruction=words, type="color"))]
@@ -956,7 +960,7 @@ def test_the_exported_pipeline_draws_what_we_draw(settings, tmp_path, backbone, 
             export(tmp_path / "run", tmp_path / "adapter", "adapter")
     elif roles == "adapters":
         adapter = export(tmp_path / "run", tmp_path / "adapter", "adapter")
-        custom = {} if backbone in WAYS else dict(custom_pipeline=str(adapter / CODE.name), trust_remote_code=True)
+        custom = {} if backbone in WAYS else dict(custom_pipeline=str(adapter / CODE), trust_remote_code=True)
         stock = DiffusionPipeline.from_pretrained(setup.config.backbone, **custom)
         stock.scheduler = loaded.scheduler
         assert (drawn(stock) - want).abs().max() > 1e-3
@@ -981,10 +985,13 @@ def test_exported_code_and_the_miniatures_load_in_one_process(settings, tmp_path
 
 
 def test_the_pipeline_file_needs_diffusers_alone():
-    """What is copied beside the weights imports torch and diffusers only."""
-    tree = ast.parse(CODE.read_text())
-    names = {(n.module or "") if isinstance(n, ast.ImportFrom) else n.names[0].name for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))}
-    assert {n.split(".")[0] for n in names} == {"inspect", "torch", "diffusers"}
+    """What is written beside the weights imports torch, diffusers and the standard library only, whatever the family."""
+    written = [family for family in families().values() if family.adapter and not family.stock]
+    assert len(written) >= 4
+    for family in written:
+        tree = ast.parse(standalone(family))
+        names = {(n.module or "") if isinstance(n, ast.ImportFrom) else n.names[0].name for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))}
+        assert {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) == {"torch", "diffusers"}
 
 
 def test_what_cannot_be_exported_or_pushed(settings, tmp_path, capsys):

@@ -3,37 +3,44 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedType
 from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers.tiny_models import SIDE, pictures, tiny_dit, tiny_judge
 from safetensors.torch import load_file
 
 import vlmedit
-from vlmedit import cli
 from vlmedit.cli._settings import read_settings, typed
-from vlmedit.methods.npedit import NPEditConfig
 from vlmedit.cost import plan
-from vlmedit.data.manifest import Row, book_of, check_questions, nothing_of
-from vlmedit.data.requests import Book, Request, batch_of
+from vlmedit.data.manifest import Row, check_questions, nothing_of
+from vlmedit.data.requests import Request, batch_of
 from vlmedit.data.world import batch_of_examples as shape_batch
 from vlmedit.data.world import from_example, sample_example
 from vlmedit.equations.unroll import rollout
-from vlmedit.errors import InputError
+from vlmedit.errors import ConfigError, InputError
 from vlmedit.flow import few_step_times
 from vlmedit.methods.npedit import NPEdit, NPEditConfig
+from vlmedit.networks import checks
 from vlmedit.networks import load as loading
-from vlmedit.networks.backbones import backbone_of, load_transformer
 from vlmedit.networks.codec import PixelCodec
+from vlmedit.networks.dit import DiT
 from vlmedit.networks.judges import load_judge
-from vlmedit.networks.prompt_cache import pipeline_encoder
+from vlmedit.networks.load import backbone_of, load_transformer
+from vlmedit.networks.lora import adapter_roles, module_roles
+from vlmedit.networks.prompts import PromptTable
+from vlmedit.networks.sharding import shard
+from vlmedit.networks.text import TextEncoder
 from vlmedit.pipelines.export import export
 from vlmedit.pipelines.shapes import EditPipeline
 from vlmedit.seeds import rng_for
 from vlmedit.testing import tiny_data as rehearsal
+from vlmedit.training.gathered import whole
 from vlmedit.training.real_models import train_real
-from vlmedit.training.settings import RealConfig
+from vlmedit.training.settings import CONFIGS, RealConfig
 from vlmedit.world.tokenizer import build_tokenizer
 
 KINDS = ("recolor", "remove", "nothing", "add", "style", "move")
@@ -56,21 +63,20 @@ def examples():
 
 
 def behind_the_interfaces(saved, examples, reference):
-    """Backbone, judge and batch as a real run has them: prompts from the cache's encoder, questions by number."""
-    requests, questions = [from_example(e) for e in examples], Book()
-    prompts = book_of([Row("", r) for r in requests])
+    """Backbone, judge and batch as a real run has them: the pipeline's own words, questions by number."""
+    requests, questions = [from_example(e) for e in examples], PromptTable()
+    prompts = loading.prompts_of(SimpleNamespace(backbone=str(saved / "backbone"), negative_prompt=""), [])
     batch = batch_of(requests, reference, prompts, questions, "shapes")
-    bank = pipeline_encoder(str(saved / "backbone"), torch.device("cpu"), torch.bfloat16, 512)(prompts.texts)
-    return lambda: backbone_of(load_transformer(saved / "backbone", "transformer"), bank), load_judge(saved / "judge", questions), batch
+    return lambda: backbone_of(load_transformer(saved / "backbone", "transformer"), None), load_judge(saved / "judge", questions), batch
 
 
 def test_both_ways_are_one(saved, examples):
-    """An update of the miniature and the same one behind `velocity` and `logit_margin`: output, metrics, fake loss and the gradient of
+    """An update of the miniature and the same one of what the real trainer loads, behind `logit_margin`: output, metrics, fake loss and the gradient of
     every weight of student and fake score agree to rounding, text encoder included; removals, pairs and do-nothing rows are among them."""
     reference = pictures(len(examples), 3, SIDE)
     build, judge, batch = behind_the_interfaces(saved, examples, reference)
     plain = shape_batch(examples, reference)
-    for name in ("edit_answer", "edit_pair", "nothing"):
+    for name in ("instruction", "reference_caption", "target_caption", "edit_answer", "edit_pair", "nothing"):
         assert torch.equal(getattr(batch, name), getattr(plain, name))
     assert batch.types == plain.types and 0 < plain.edit_pair.sum() < len(examples)
     config = NPEditConfig.make("smoke", precision="no", batch=len(examples), nothing_weight=0.7, judge_weight=0.3)
@@ -79,7 +85,7 @@ def test_both_ways_are_one(saved, examples):
         dits[1].head[0].weight.mul_(1.1)  # the fake score is no copy of the teacher
     found = []
     backbones = [build() for _ in range(3)]
-    backbones[1].transformer.load_state_dict(dits[1].state_dict())
+    backbones[1].load_state_dict(dits[1].state_dict())
     for edit, b in ((NPEdit(config, *dits, tiny_judge()), plain), (NPEdit(config, *backbones, judge, PixelCodec()), batch)):
         torch.manual_seed(11)
         output, metrics = edit.student_backward(b, (1.0, 0.5), 5)
@@ -92,6 +98,56 @@ def test_both_ways_are_one(saved, examples):
         assert (x is None) == (y is None)
         if x is not None:
             assert (x - y).abs().max() <= 1e-4 * x.abs().max() + 1e-8
+
+
+@pytest.mark.parametrize("kind", ("modules", "adapters"))
+def test_an_unroll_reads_words_and_reference_once(saved, examples, monkeypatch, kind):
+    """Whoever the student is, its two calls share the text's states and the reference's keys and values; rebuilt in each call they give the
+    same picture."""
+    build, judge, batch = behind_the_interfaces(saved, examples, pictures(len(examples), 3, SIDE))
+    roles = module_roles(build()) if kind == "modules" else adapter_roles(build(), rank=2)
+    edit = NPEdit(NPEditConfig.make("smoke", precision="no"), roles.student, roles.fake, roles.teacher, judge, PixelCodec())
+    read = []
+    monkeypatch.setattr(DiT, "encode_reference", lambda *a, own=DiT.encode_reference: read.append("reference") or own(*a))
+    monkeypatch.setattr(TextEncoder, "forward", lambda *a, own=TextEncoder.forward: read.append("text") or own(*a))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        output = edit.edit(batch, (1.0, 0.5))
+        assert sorted(read) == ["reference", "text"]
+        torch.manual_seed(3)
+        noise = torch.randn_like(batch.reference)
+        again = rollout(lambda x, t: roles.student(x, t, batch.instruction, batch.reference), noise, (1.0, 0.5), edit.config.renoise)
+    torch.testing.assert_close(output, again, atol=1e-5, rtol=1e-5)
+    assert sorted(read) == ["reference"] * 3 + ["text"] * 3
+
+
+def test_shards_read_words_and_reference_outside_their_root(saved):
+    """A transformer that is its own backbone is asked for words and reference by themselves: in shards (of one process) too, with the
+    gradients of the whole one."""
+    plugin = SimpleNamespace(cpu_offload=None, reshard_after_forward=True)
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), num_processes=1, distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin)
+    )
+    x, reference = pictures(2, 1, SIDE), pictures(2, 2, SIDE)
+    t, ids = torch.tensor([0.9, 0.4]), tiny_dit().prompts.ids(["remove the circle", "do nothing"])
+
+    def slopes(dit):
+        text = dit.encode_text(ids)
+        held = dit.hold_reference(reference, text)
+        dit(dit(x, t, text, held), t, text, held).square().sum().backward()
+        dit(x, t, ids, reference).square().sum().backward()
+        return [None if p.grad is None else whole(p.grad) for p in dit.parameters()]
+
+    expected = slopes(tiny_dit())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = slopes(shard(tiny_dit(), accelerator, "no"))
+    finally:
+        dist.destroy_process_group()
+    for got, want in zip(found, expected, strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
 def test_margins_are_the_judges_own(saved):
@@ -127,9 +183,9 @@ def test_what_it_cannot_read_is_said(saved, tmp_path):
         judge.write([(picture,)], ["describe it"])
     with pytest.raises(ValueError, match="1 questions about 2 sets"):
         judge.logit_margin([(picture,), (picture,)], ["is there a triangle ?"])
-    (problem,) = loading.check_judge(str(saved / "judge"), "released")
-    assert "questions=shapes" in problem and loading.check_judge(str(saved / "judge"), "shapes") == [] == loading.check_judge(str(saved / "judge"))
-    assert loading.check_backbone(str(saved / "backbone")) == []
+    (problem,) = checks.check_judge(str(saved / "judge"), "released")
+    assert "questions=shapes" in problem and checks.check_judge(str(saved / "judge"), "shapes") == [] == checks.check_judge(str(saved / "judge"))
+    assert checks.check_backbone(str(saved / "backbone")) == []
     request = Request("make the circle red", "a circle", "a red circle")
     rows = [Row(tmp_path / "a.png", dataclasses.replace(request, instruction="make the dog red")), Row(tmp_path / "b.png", request)]
     check_questions(rows, "released")
@@ -137,9 +193,11 @@ def test_what_it_cannot_read_is_said(saved, tmp_path):
         check_questions(rows, "shapes")
     assert len(error.value.problems) == 1 and "a.png" in error.value.problems[0]
     check_questions([Row("", nothing_of(request, rng_for(i))) for i in range(20)], "shapes")
-    backbone = backbone_of(load_transformer(saved / "backbone", "transformer"), pipeline_encoder(str(saved / "backbone"), None, None, 0)([""]))
+    backbone = backbone_of(load_transformer(saved / "backbone", "transformer"), None)
     with pytest.raises(ValueError, match=f"draws {SIDE} x {SIDE} pixels alone: buckets={SIDE}x{SIDE}"):
         backbone(torch.zeros(1, 3, 32, 32), torch.ones(1), torch.zeros(1, 1, dtype=torch.long))
+    with pytest.raises(ConfigError, match="negative_prompt is 'ugly', and .* reads an empty one: negative_prompt=''"):
+        loading.prompts_of(SimpleNamespace(backbone=str(saved / "backbone"), negative_prompt="ugly"), [])
 
 
 @pytest.fixture
@@ -186,7 +244,7 @@ def test_the_real_trainer_teaches_the_miniature(few, tmp_path, roles):
 def test_the_shipped_settings_are_the_miniatures(few):
     """Every number of shapes.yaml that is marked [M] is NPEditConfig's default."""
     found = read_settings(Path("shapes"))
-    text = (Path(loading.__file__).parent / "configs/shapes.yaml").read_text()
+    text = (CONFIGS / "shapes.yaml").read_text()
     marked = [line.split(":")[0] for line in text.splitlines() if "[M]" in line and not line.startswith("#")]
     ours = NPEditConfig.make("laptop")
     told = {k: found[k] for k in marked if hasattr(ours, k) and k != "steps"}

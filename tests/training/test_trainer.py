@@ -1,4 +1,4 @@
-"""The engine: resumed equals straight, killed anywhere leaves a whole checkpoint, guards guard, two processes equal one."""
+"""The trainer: resumed equals straight, killed anywhere leaves a whole checkpoint, guards guard, two processes equal one."""
 
 import dataclasses
 import json
@@ -8,35 +8,37 @@ import resource
 import signal
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from vlmedit.methods.stages import STAGES as ALL_STAGES
 
 from vlmedit import config as stated
 from vlmedit.config import TIERS, TrainConfig
-from vlmedit.data.batches import TEXT_LENGTH
-from vlmedit.data.world import captioned_batch
+from vlmedit.data.batches import TEXT_LENGTH, CaptionedBatch, PairedBatch
+from vlmedit.data.world import WorldData, captioned_batch
 from vlmedit.errors import ConfigError
 from vlmedit.flow import interpolate, logit_normal_time, velocity_target
-from vlmedit.methods._base import drop_text
+from vlmedit.methods import find, names
+from vlmedit.methods._base import Base, drop_text
 from vlmedit.methods.judge import JudgeConfig, train_judge
 from vlmedit.methods.teacher import TeacherConfig, train_teacher
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judge import ground_loss
+from vlmedit.protocols import Phase, Trained
 from vlmedit.seeds import seed_torch
-from vlmedit.training import engine
+from vlmedit.training import checkpoints as saving
 from vlmedit.training.checkpoints import Checkpoints
 from vlmedit.training.optimizer import EMA, Optimizer
 from vlmedit.training.run import Run, make_accelerator
+from vlmedit.training.trainer import train as train_method
 from vlmedit.world.scene import GROUND_CLASSES
 from vlmedit.world.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[2]
+ALL_STAGES = {name: find(name) for name in names()}
 STAGES = {"teacher": (TeacherConfig, train_teacher, dict(side=16)), "judge": (JudgeConfig, train_judge, dict(side=32))}
 
 
@@ -63,18 +65,18 @@ def equal(a: dict, b: dict) -> bool:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_run_equals_a_straight_one(stage, tmp_path):
-    """Six updates in one go, and three, an early stop, then the rest: weights, averages and the saved model are equal bit for
-    bit, and so are the losses of the updates made after resuming."""
+    """Six updates in one go, and four, an early stop, then the rest: weights, averages and the saved model are equal bit for
+    bit, and so are the losses of the updates made after resuming. An update is saved before it is handed out."""
     config, train = smoke(stage, tmp_path / "straight")
     straight = [s.metrics["loss"] for s in train(config)]
     config, train = smoke(stage, tmp_path / "resumed")
     first = train(config)
-    early = [next(first).metrics["loss"] for _ in range(4)]  # the fourth is made but not saved
+    early = [next(first).metrics["loss"] for _ in range(4)]
     first.close()
     torch.manual_seed(12345)
     late = [(s.index, s.metrics["loss"]) for s in train(config)]
-    assert [i for i, _ in late] == [4, 5, 6]
-    assert early + [v for _, v in late[1:]] == straight and late[0][1] == straight[3]
+    assert [i for i, _ in late] == [5, 6]
+    assert early + [v for _, v in late] == straight
     assert equal(weights(tmp_path / "straight"), weights(tmp_path / "resumed"))
     assert len(weights(tmp_path / "straight")) > 100
 
@@ -95,7 +97,7 @@ def stop(self, index, accelerator):
     if index == 3: os.kill(os.getpid(), signal.SIGKILL)
     return step(self, index, accelerator)
 Optimizer.step = stop
-list(train_teacher(TeacherConfig(**{dataclasses.asdict(config)!r})))
+list(train_teacher(TeacherConfig.make('laptop', **{config.flat()!r})))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -136,9 +138,7 @@ def small(tmp_path, **overrides) -> tuple[Checkpoints, nn.Module]:
     torch.manual_seed(0)
     model = nn.Linear(20, 20)
     checkpoints = Checkpoints(config, make_accelerator(config))
-    checkpoints.modules["model"] = model
-    checkpoints.optimizers["model"] = Optimizer(model, config)
-    checkpoints.averages["model"] = EMA(model, 0.9)
+    checkpoints.register("model", model, Optimizer(model, config), EMA(model, 0.9))
     return checkpoints, model
 
 
@@ -148,7 +148,7 @@ def fill(model: nn.Module, value: float) -> None:
             p.fill_(value)
 
 
-OPERATIONS = ((engine, "save_file"), (torch, "save"), (os, "replace"), (os, "fsync"), (engine.shutil, "rmtree"), (Path, "mkdir"), (Path, "write_text"))
+OPERATIONS = ((saving, "save_file"), (torch, "save"), (os, "replace"), (os, "fsync"), (saving.shutil, "rmtree"), (Path, "mkdir"), (Path, "write_text"))
 
 
 @pytest.mark.parametrize("after", (False, True))
@@ -212,7 +212,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path, file):
     checkpoints, model = small(tmp_path)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    checkpoints.optimizers["model"].step(0, checkpoints.accelerator)
+    checkpoints.optimizers["model"].thing.step(0, checkpoints.accelerator)
     fill(model, 1.0)
     checkpoints.save(1)
     limit = (tmp_path / "checkpoint" / file).stat().st_size - 1
@@ -254,9 +254,37 @@ def test_folder_and_cadence_may_differ(tmp_path):
 def test_stages_of_different_precision_follow_each_other_in_one_process(tmp_path):
     """bf16 and full precision take turns: each stage's matrix products have its own type, whatever ran before."""
     for precision, dtype in (("bf16", torch.bfloat16), ("no", torch.float32), ("bf16", torch.bfloat16)):
-        run = Run(TrainConfig.make("smoke", out=str(tmp_path / precision), precision=precision))
+        run = layer_run(tmp_path / precision, precision=precision)
         with run.accelerator.autocast():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+class OneLayer(Base):
+    """A method of one linear layer, whose loss draws what is random in it."""
+
+    batch, result = CaptionedBatch, "layer"
+
+    def __init__(self, ema: float = 0.0):
+        super().__init__({"layer": Trained(nn.Linear(4, 4), ema=ema)})
+        self.drawn: list[float] = []
+
+    def backward(self, phase: Phase, batch: CaptionedBatch, memory: dict, index: int) -> dict:
+        memory["out"] = self.trained["layer"].module(torch.ones(1, 4))
+        memory["out"].square().mean().backward()
+        self.drawn.append(torch.rand(1).item())
+        return {"loss": 1.5, "calls": 2}
+
+    def pictures(self, batch: CaptionedBatch, memory: dict) -> dict:
+        return {"grid": memory["out"]}
+
+    def save(self, state: dict, folder: Path) -> None:
+        folder.mkdir()
+
+
+def layer_run(out: Path, **settings) -> Run:
+    """A run of one layer."""
+    config = TrainConfig.make("smoke", out=str(out), **{"precision": "no", "side": 16, **settings})
+    return Run(OneLayer(), WorldData(config), config)
 
 
 # --- the optimizer
@@ -271,7 +299,7 @@ def layer(**overrides) -> tuple[nn.Module, Optimizer, TrainConfig]:
 
 @pytest.mark.parametrize("value", (math.nan, math.inf, 1e4))
 def test_guard_skips_spikes_and_non_finite_gradients(value):
-    """A gradient that is not finite, or whose norm exceeds `spike`, changes neither weights nor optimizer state, is reported,
+    """A gradient that is not finite, or whose norm exceeds `skip_above`, changes neither weights nor optimizer state, is reported,
     and is cleared; the next sound one is applied."""
     model, optimizer, config = layer()
     accelerator = make_accelerator(config)
@@ -284,7 +312,7 @@ def test_guard_skips_spikes_and_non_finite_gradients(value):
     assert update(0.01)[1]
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, json.dumps(str(optimizer.state_dict()))
     norm, made = update(value)
-    assert not made and not (norm < config.spike)
+    assert not made and not (norm < config.skip_above)
     assert equal(dict(model.state_dict()), before) and json.dumps(str(optimizer.state_dict())) == state
     assert all(p.grad is None for p in model.parameters())
     norm, made = update(0.01)
@@ -409,7 +437,7 @@ def test_two_processes_train_as_one_on_the_joint_batch(tmp_path):
     distance = lambda other: max((v - other[k]).abs().max().item() for k, v in ranks[0].items())
     assert distance(model.state_dict()) < 1e-5
     assert distance(joint_teacher(config, 1)[0].state_dict()) > 1e-4
-    saved = load_file(tmp_path / "checkpoint/model.safetensors")
+    saved = load_file(tmp_path / "checkpoint/teacher.safetensors")
     assert equal(saved, ranks[0])  # one process wrote, once
 
 
@@ -418,7 +446,7 @@ def test_the_reference_of_that_test_is_the_trainer(tmp_path):
     config, train = smoke("teacher", tmp_path, steps=2)
     list(train(config))
     model, _ = joint_teacher(config, 1)
-    assert equal(load_file(tmp_path / "checkpoint/model.safetensors"), {k: v for k, v in model.state_dict().items()})
+    assert equal(load_file(tmp_path / "checkpoint/teacher.safetensors"), {k: v for k, v in model.state_dict().items()})
 
 
 # --- the run and its record
@@ -426,88 +454,79 @@ def test_the_reference_of_that_test_is_the_trainer(tmp_path):
 
 def test_steps_are_detached_records(tmp_path):
     """A Step has plain numbers and detached pictures, counts from 1, and cannot be changed; logs and config are written."""
-    config = TrainConfig.make("smoke", out=str(tmp_path), precision="no")
-    run = Run(config)
-    model = nn.Linear(4, 4)
-    run.register("model", model, Optimizer(model, config))
-    records = []
-    for index in run.steps():
-        run.metrics.update(loss=1.5, skipped=float(index == 1))
-        records.append(run.done(index, grid=model(torch.ones(1, 4))))
-    assert [(r.index, r.total, r.skipped) for r in records] == [(1, 2, False), (2, 2, True)]
-    assert not records[0].pictures["grid"].requires_grad and all(type(v) is float for r in records for v in r.metrics.values())
+    config = TrainConfig.make("smoke", out=str(tmp_path), precision="no", side=16, skip_above=1e-9)
+    records = list(train_method(OneLayer(), WorldData(config), config))
+    assert [(r.index, r.total, r.skipped) for r in records] == [(1, 2, True), (2, 2, True)]
+    assert not records[0].pictures["grid"].requires_grad and all(type(v) in (float, int) for r in records for v in r.metrics.values())
+    assert all(r.metrics["loss"] == 1.5 and r.metrics["calls"] == 2 and r.metrics["skipped"] == 1 for r in records)
     with pytest.raises(dataclasses.FrozenInstanceError):
         records[0].index = 3
     assert json.loads((tmp_path / "config.json").read_text())["batch"] == config.batch
-    assert list((tmp_path / "tensorboard").iterdir())
+    assert list((tmp_path / "vlmedit").iterdir()) and (tmp_path / "model").is_dir()
 
 
-def test_update_randomness_is_of_seed_index_and_process(tmp_path):
-    """Inside an update torch's generator starts from (seed, index, process) whatever came before."""
+def test_update_randomness_is_of_seed_index_and_number(tmp_path):
+    """Inside an update torch's generator starts from (seed, index, number of the batch) whatever came before."""
     drawn = []
     for out in ("a", "b"):
-        run = Run(TrainConfig.make("smoke", out=str(tmp_path / out), precision="no", steps=3))
-        draws = []
-        for _ in run.steps():
-            draws.append(torch.rand(1).item())
-            torch.manual_seed(len(drawn))
-        drawn.append(draws)
+        config = TrainConfig.make("smoke", out=str(tmp_path / out), precision="no", side=16, steps=3)
+        method = OneLayer()
+        for step in train_method(method, WorldData(config), config):
+            torch.manual_seed(len(drawn) + step.index)
+        drawn.append(method.drawn)
     assert drawn[0] == drawn[1] and len(set(drawn[0])) == 3
+
+
+def test_batches_that_are_accumulated_have_streams_of_their_own(tmp_path):
+    """Two batches of an update draw different numbers, floats are averaged over them and ints added up."""
+    config = TrainConfig.make("smoke", out=str(tmp_path), precision="no", side=16, accumulate=2)
+    method = OneLayer()
+    steps = list(train_method(method, WorldData(config), config))
+    assert len(set(method.drawn)) == 4 and steps[0].metrics["calls"] == 4 and steps[0].metrics["loss"] == 1.5
+
+
+def test_data_that_lack_what_a_method_needs_are_refused(tmp_path):
+    """A method that asks for batches which the data do not give is told so before an update is made."""
+    config = TrainConfig.make("smoke", out=str(tmp_path), precision="no", side=16)
+    data = WorldData(config)
+    del data.draws[CaptionedBatch]
+    with pytest.raises(ConfigError, match="gives no CaptionedBatch"):
+        next(train_method(OneLayer(), data, config))
+    assert data.gives(PairedBatch)
 
 
 # --- configuration
 
 
-TABLES = {  # the names of choices that settings state, and the module whose table of the same name they are the keys of
-    "TASKS": "vlmedit.data.world",
-    "NORMS": "vlmedit.equations.dmd",
-    "OBJECTIVES": "vlmedit.equations.matching",
-    "REWARDS": "vlmedit.equations.rewards",
-    "WORDINGS": "vlmedit.equations.rewards",
-    "EDITORS": "vlmedit.equations.training_free",
-    "CALLS": "vlmedit.equations.unroll",
-    "RENOISE": "vlmedit.equations.unroll",
-    "POLICIES": "vlmedit.equations.flow_grpo",
-    "ALL_TYPES": "vlmedit.world.edits",
-}
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_the_names_of_choices_are_the_keys_of_their_tables(name):
-    """In the tables' own order, which is the order of the messages."""
-    assert getattr(stated, name) == tuple(getattr(import_module(TABLES[name]), name))
-
-
-def test_the_other_names_that_settings_state_are_right():
-    """Who needs no fake score; a real run's questions, and its objectives, which are some of the miniature's."""
-    from vlmedit.data import requests
+def test_the_names_of_choices_are_the_keys_of_their_tables():
+    """In the tables' own order, which is the order of the messages; a real run's questions and objectives are some of the miniature's."""
+    from vlmedit.data import requests, world
     from vlmedit.equations.matching import OBJECTIVES
     from vlmedit.training import settings
+    from vlmedit.world.edits import ALL_TYPES
 
-    assert stated.WITHOUT_FAKE == tuple(name for name, objective in OBJECTIVES.items() if not objective.fake)
-    assert settings.QUESTIONS == tuple(requests.QUESTIONS)
+    assert stated.TASKS == tuple(world.TASKS) and stated.EDIT_TYPES == tuple(ALL_TYPES)
+    assert stated.QUESTIONS == settings.QUESTIONS == tuple(requests.QUESTIONS)
     assert set(settings.MATCHING) <= set(OBJECTIVES)
 
 
 def test_reading_settings_needs_no_torch():
-    """Settings of every stage and of real runs are there without torch, and with no module of the package but the errors."""
+    """What all settings share is there without torch, and with no module of the package but the errors."""
     code = """
-import sys, vlmedit.config, vlmedit.training.settings
+import sys, vlmedit.config
 heavy = [m for m in ('torch', 'numpy', 'PIL', 'diffusers', 'transformers') if m in sys.modules]
 print(heavy, sorted(m for m in sys.modules if m.startswith('vlmedit.')))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    known = ["vlmedit.errors", "vlmedit.real", "vlmedit.training.settings", "vlmedit.train", "vlmedit.config"]
-    assert done.stdout.split(maxsplit=1) == ["[]", f"{known}\n"]
-
+    assert done.stdout.split(maxsplit=1) == ["[]", "['vlmedit.config', 'vlmedit.errors']\n"]
 
 
 def test_unknown_keys_and_tiers_show_the_nearest():
     """An unknown key names the stage and the nearest keys; an unknown tier names the tiers."""
     with pytest.raises(ConfigError, match="unknown config key 'stpes' of TeacherConfig; nearest: steps"):
         TeacherConfig.make(stpes=3)
-    with pytest.raises(ConfigError, match="unknown config key 'zzz' of JudgeConfig; nearest: out, seed, steps"):
+    with pytest.raises(ConfigError, match="unknown config key 'zzz' of JudgeConfig; nearest: data, out, seed, steps"):
         JudgeConfig.make(zzz=3)
     with pytest.raises(ConfigError, match="unknown tier 'huge'; known: smoke, laptop, gpu"):
         TrainConfig.make("huge")
@@ -518,13 +537,13 @@ def test_impossible_settings_are_named(bad):
     """Each message carries the setting's name and value."""
     ((key, value),) = bad.items()
     with pytest.raises(ConfigError, match=f"^{key} is '?{value}"):
-        TrainConfig(**bad)
+        TrainConfig.make(**bad)
 
 
 IMPOSSIBLE = (
-    ("npedit", dict(guidance=float("nan"))), ("npedit", dict(judge_weight=-0.1)), ("npedit", dict(pool=0)), ("npedit", dict(sampler_steps=0)), ("npedit", dict(sampler_shift=-1.0)),
+    ("npedit", dict(guidance=float("nan"))), ("npedit", dict(judge_weight=-0.1)), ("npedit", dict(request_limit=0)), ("npedit", dict(sampler_steps=0)), ("npedit", dict(sampler_shift=-1.0)),
     ("npedit", dict(lr="fast")), ("npedit", dict(batch=2.5)), ("npedit", dict(warmup=True)), ("judge", dict(size="huge")), ("judge", dict(attack_share=2)), ("judge", dict(attack_radius=-1)),
-    ("grpo", dict(kl_weight=-1)), ("grpo", dict(ratio_clip=0)), ("teacher", dict(text_dropout=1.5)), ("cyclegan", dict(critic_lr=0.0)),
+    ("flow_grpo", dict(kl_weight=-1)), ("flow_grpo", dict(ratio_clip=0)), ("teacher", dict(text_dropout=1.5)), ("cyclegan_turbo", dict(critic_lr=0.0)),
 )  # fmt: skip
 
 
@@ -532,7 +551,7 @@ IMPOSSIBLE = (
 def test_impossible_settings_of_a_stage_are_named(stage, bad):
     ((key, value),) = bad.items()
     with pytest.raises(ConfigError, match=f"^{key} is '?{value}'?; (it must be|it is|known)"):
-        ALL_STAGES[stage][0](**bad)
+        ALL_STAGES[stage][0].make(**bad)
 
 
 @pytest.mark.parametrize("config", (TrainConfig, *(config for config, _ in ALL_STAGES.values())))

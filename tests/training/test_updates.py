@@ -9,17 +9,18 @@ from diffusers import FluxTransformer2DModel
 from helpers.tiny_models import pictures, saved_elements, tiny_dit, tiny_judge
 from peft import LoraConfig
 
-from vlmedit.data.requests import QUESTIONS, Book, Request, batch_of
+from vlmedit.data.requests import QUESTIONS, Request, batch_of
 from vlmedit.methods.npedit import NPEdit, NPEditConfig
-from vlmedit.networks.backbones import backbone_of, load_transformer
 from vlmedit.networks.codec import PixelCodec
+from vlmedit.networks.dit import DiT
 from vlmedit.networks.judges import load_judge
-from vlmedit.networks.lora import AdapterRole, Roles, SharedBase, adapter_roles, module_roles
-from vlmedit.networks.prompts import TextBank
+from vlmedit.networks.load import backbone_of, load_transformer
+from vlmedit.networks.lora import AdapterRole, Roles, SharedBase, adapter_roles, module_roles, transformer_of
+from vlmedit.networks.prompts import PromptTable
 from vlmedit.testing import random_models as tiny
 from vlmedit.training.optimizer import EMA, Optimizer
 from vlmedit.training.run import make_accelerator
-from vlmedit.world.tokenizer import build_tokenizer, encode
+from vlmedit.world.tokenizer import build_tokenizer
 
 SIDE, TWO = 32, (1.0, 0.5)
 REQUESTS = (
@@ -27,14 +28,14 @@ REQUESTS = (
     Request("remove the cross", "a green cross and a red triangle", "a red triangle", "remove", "a cross"),
     Request("do nothing", "a yellow square", "a yellow square", "nothing"),
 )
-BACKBONES, JUDGES = (*tiny.BACKBONES, "shapes"), (*tiny.JUDGES, "shapes")  # the suite's own stand in the same tables
+BACKBONES, JUDGES = (*tiny.backbones(), "shapes"), (*tiny.JUDGES, "shapes")  # the suite's own stand in the same tables
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Every tiny backbone and judge on disk."""
     folder = tmp_path_factory.mktemp("real")
-    for name in tiny.BACKBONES:
+    for name in tiny.backbones():
         tiny.save_backbone(name, folder / name)
     for name in tiny.JUDGES:
         tiny.save_judge(name, folder / name)
@@ -45,22 +46,33 @@ def saved(tmp_path_factory):
 
 
 def load_backbone(folder, checkpointing=False):
-    """As `tiny.load_backbone`; of the suite's own transformer the prompts are token ids, and there is no autoencoder."""
+    """As `tiny.load_backbone`; the suite's own transformer is a backbone itself, and there is no autoencoder."""
     if folder.name != "shapes":
         return tiny.load_backbone(folder, checkpointing=checkpointing)
-    texts = ["", *(t for r in REQUESTS for t in (r.instruction, r.reference_caption, r.target_caption))]
-    bank = TextBank([row[:, None].float() for row in encode(texts, 24)])
-    return backbone_of(load_transformer(folder, "transformer"), bank, checkpointing), PixelCodec()
+    return backbone_of(load_transformer(folder, "transformer"), None, checkpointing), PixelCodec()
+
+
+def prompts_of(backbone):
+    """What a batch carries for it: rows of its random prompts, or the world's words."""
+    return backbone.prompts if isinstance(backbone, DiT) else PromptTable()
+
+
+def two_prompts(backbone) -> torch.Tensor:
+    return prompts_of(backbone).ids([REQUESTS[0].instruction, REQUESTS[1].instruction]) if isinstance(backbone, DiT) else torch.tensor([[1], [2]])
 
 
 @pytest.fixture(scope="module")
 def parts(saved):
     """Loaded once: backbone and codec by name, judges by name, and a batch; `update` builds roles from copies."""
-    book = Book()
-    judges = {name: load_judge(saved / name, book) for name in JUDGES}
+    questions = PromptTable()
+    judges = {name: load_judge(saved / name, questions) for name in JUDGES}
     backbones = {name: load_backbone(saved / name) for name in BACKBONES}
-    batches = {wording: batch_of(REQUESTS, pictures(3, side=SIDE), Book(), book, wording) for wording in QUESTIONS}
-    return backbones, judges, batches["released"], batches["shapes"]
+    batches = {
+        (name, wording): batch_of(REQUESTS, pictures(3, side=SIDE), prompts_of(backbone), questions, wording)
+        for wording in QUESTIONS
+        for name, (backbone, _) in backbones.items()
+    }
+    return backbones, judges, batches
 
 
 def update(parts, backbone: str, judge: str, kind: str, **settings) -> tuple[NPEdit, Roles]:
@@ -84,7 +96,7 @@ def test_one_update_teaches_the_student_alone(parts, backbone, judge, kind):
     """DMD, judge and do-nothing each send a finite, non-zero gradient to the output; the student's backward and step change the
     student and nothing else, the fake's likewise; neither base, teacher, judge nor decoder has a gradient or another value."""
     edit, roles = update(parts, backbone, judge, kind, nothing_weight=1.0)
-    batch = parts[3] if judge == "shapes" else parts[2]
+    batch = parts[2][backbone, "shapes" if judge == "shapes" else "released"]
     everything = {name: m for name, m in (("student", roles.student), ("fake", roles.fake), ("teacher", roles.teacher), ("judge", edit.judge), ("codec", edit.codec))}
     if kind == "adapters":
         base = roles.student.shared.transformer
@@ -121,7 +133,7 @@ def test_reference_pixels_reach_the_velocity(parts, backbone):
     model, codec = parts[0][backbone]
     reference = pictures(2, 1, SIDE).requires_grad_()
     latents = codec.encode(reference)
-    x, t, text = torch.randn_like(latents), torch.tensor([0.9, 0.4]), model.encode_text(torch.tensor([[1], [2]]))
+    x, t, text = torch.randn_like(latents), torch.tensor([0.9, 0.4]), model.encode_text(two_prompts(model))
     if backbone in ("sd3", "sana"):  # new channels start at zero: nothing is seen of the reference before the first update
         assert torch.equal(model(x, t, text, latents), model(x, t, text))
         model = copy.deepcopy(model)
@@ -159,7 +171,7 @@ def merged(roles: Roles, role: str):
         state[name.replace(".base_layer", "")] = weight
     out = type(plain).from_config(plain.config)
     out.load_state_dict(state)
-    return backbone_of(out, shared.backbone.bank)
+    return backbone_of(out, shared.backbone.prompts)
 
 
 @pytest.mark.parametrize("backbone", ("z-image", "flux", "qwen-image", "shapes"))
@@ -170,16 +182,16 @@ def test_adapters_equal_modules_of_the_same_weights(parts, backbone):
     lora_values(roles)
     modules = Roles(merged(roles, "student"), merged(roles, "fake"), merged(roles, "teacher"))
     twin = NPEdit(edit.config, modules.student, modules.fake, modules.teacher, edit.judge, edit.codec)
-    results = []
+    results, batch = [], parts[2][backbone, "released"]
     for one in (edit, twin):
         torch.manual_seed(7)
-        output, metrics = one.student_backward(parts[2], TWO, 5)
-        results.append((output, metrics, one.fake_backward(output, parts[2].target_caption)))
+        output, metrics = one.student_backward(batch, TWO, 5)
+        results.append((output, metrics, one.fake_backward(output, batch.target_caption)))
     (a, ma, fa), (b, mb, fb) = results
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     assert ma == pytest.approx(mb, rel=2e-3) and fa == pytest.approx(fb, rel=1e-4)
     for role in ("student", "fake"):
-        whole = dict(getattr(modules, role).transformer.named_parameters())
+        whole = dict(transformer_of(getattr(modules, role)).named_parameters())
         checked = 0
         for name, layer in roles.student.shared.transformer.named_modules():
             if not hasattr(layer, "lora_A") or whole[f"{name}.weight"].grad is None:
@@ -196,28 +208,40 @@ def lone(backbone):
     x, t, text, ref = setting(backbone)
     roles = adapter_roles(backbone, rank=4)
     lora_values(roles)
-    roles.student(x, t, text, ref).square().sum().backward()
+    drawn(roles.student, x, t, text, ref).square().sum().backward()
     return [p.grad.clone() for p in roles.student.parameters()]
+
+
+def drawn(role, x, t, ids, reference):
+    """Two calls that share words and reference, as an unroll has them."""
+    text = role.encode_text(ids)
+    held = role.hold_reference(reference, text)
+    return role(role(x, t, text, held), t, text, held)
 
 
 def setting(backbone):
     g = torch.Generator().manual_seed(3)
-    side = SIDE if backbone.pixels else 4
+    side = SIDE if isinstance(backbone, DiT) else 4
     x, ref = (torch.randn(2, backbone.channels, side, side, generator=g) for _ in range(2))
-    return x, torch.tensor([0.7, 0.3]), torch.tensor([[1], [2]]), ref
+    return x, torch.tensor([0.7, 0.3]), two_prompts(backbone), ref
 
 
 @pytest.mark.parametrize("checkpointing", (False, True))
-def test_the_order_of_calls_is_free(saved, checkpointing):
+@pytest.mark.parametrize("name", ("flux", "shapes"))
+def test_the_order_of_calls_is_free(saved, name, checkpointing):
     """Teacher and fake called between the student's forward and backward, the fake even with a graph and backward first: the
-    student's gradients are those without anybody in between, bit for bit or to 1e-6, also when blocks are recomputed."""
-    load = lambda: tiny.load_backbone(saved / "flux", checkpointing=checkpointing)[0]
+    student's gradients are those without anybody in between, bit for bit or to 1e-6, also when blocks are recomputed, and also those
+    that come back through a reference's keys and values."""
+
+    def load():
+        return load_backbone(saved / name, checkpointing)[0]
+
     expected = lone(load())
     backbone = load()
     x, t, text, ref = setting(backbone)
     roles = adapter_roles(backbone, rank=4)
     lora_values(roles)
-    v = roles.student(x, t, text, ref)
+    v = drawn(roles.student, x, t, text, ref)
     with torch.no_grad():
         roles.teacher(x, t, text)
         roles.fake(x, t, text)
@@ -264,7 +288,7 @@ def test_roles_are_told_apart(saved, tmp_path):
         roles.student.save(tmp_path)
         stock = FluxTransformer2DModel.from_pretrained(saved / "flux" / "transformer")
         stock.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
-        torch.testing.assert_close(backbone_of(stock, backbone.bank)(x, t, text, ref), drawn["student"], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(backbone_of(stock, backbone.prompts)(x, t, text, ref), drawn["student"], atol=1e-5, rtol=1e-4)
     assert roles.teacher.requires_grad_(False).eval() is roles.teacher and all(p.requires_grad for p in roles.student.parameters())
     with pytest.raises(ValueError, match="cannot be frozen by itself"):
         roles.student.requires_grad_(False)
@@ -313,7 +337,7 @@ def test_bf16_agrees(parts, backbone):
     x, t, text, ref = setting(model)
     with torch.no_grad():
         exact = model(x, t, text, ref)
-        model.transformer.to(torch.bfloat16)
+        transformer_of(model).to(torch.bfloat16)
         rough = model(x, t, text, ref)
     assert rough.dtype == torch.float32 and (rough - exact).norm() < 0.05 * exact.norm()
 

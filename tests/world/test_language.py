@@ -11,10 +11,18 @@ from vlmedit.data.batches import TEXT_LENGTH
 from vlmedit.data.judge_lessons import lesson
 from vlmedit.data.world import sample_example
 from vlmedit.errors import UnknownInstruction
-from vlmedit.world.tokenizer import UNK
 from vlmedit.world import language
 from vlmedit.world.edits import ALL_TYPES, Edit, apply_edit
-from vlmedit.world.language import SYNONYMS, TEMPLATES, caption, edit_question, grammar, identity_question, parse_instruction, vocabulary
+from vlmedit.world.language import (
+    SYNONYMS,
+    TEMPLATES,
+    caption,
+    edit_question,
+    grammar,
+    identity_question,
+    parse_instruction,
+    vocabulary,
+)
 from vlmedit.world.scene import BACKGROUNDS, COLORS, SHAPES, SIDES, STYLES, TEXTURES, Look, Scene, Thing, sample_scene
 from vlmedit.world.tokenizer import UNK, build_tokenizer, encode
 

@@ -25,7 +25,18 @@ from vlmedit.world.render import (
     render,
     signed_distance,
 )
-from vlmedit.world.scene import BACKGROUNDS, COLORS, SHAPES, SIZE_RANGE, STYLES, TEXTURES, Look, Scene, Thing, sample_scene
+from vlmedit.world.scene import (
+    BACKGROUNDS,
+    COLORS,
+    SHAPES,
+    SIZE_RANGE,
+    STYLES,
+    TEXTURES,
+    Look,
+    Scene,
+    Thing,
+    sample_scene,
+)
 
 SEEDS = st.integers(0, 2**40)
 

@@ -41,19 +41,8 @@ from transformers.utils import logging as transformers_logging
 from vlmedit.data.tables import json_rows, parquet_rows
 from vlmedit.errors import InputError
 from vlmedit.evaluation.statistics import viescore
-from vlmedit.io import (
-    BROKEN,
-    FORMATS,
-    contact_sheet,
-    save_json,
-    save_picture,
-    some,
-    strip,
-    to_rgb,
-    to_tensor,
-    to_view,
-)
-from vlmedit.networks.hub import reachable
+from vlmedit.io import BROKEN, FORMATS, contact_sheet, save_json, save_picture, some, strip, to_rgb, to_tensor, to_view
+from vlmedit.networks.checks import reachable
 from vlmedit.networks.judges.text_vlm import Writer, identity_of
 
 SC = (

@@ -53,6 +53,13 @@ def main(args: Sequence[str] | None = None) -> int:
     except (InputError, UnknownInstruction, ImpossibleEdit, ConfigError) as error:
         say(f"vlmedit: {error}")
         return BAD_INPUT
+    except ModuleNotFoundError as error:  # of a library that an extra brings
+        from vlmedit.extras import missing
+
+        if not (told := missing(error)):
+            raise
+        say(f"vlmedit: {told}")
+        return BAD_INPUT
     except BrokenPipeError:  # the reader of our output left, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

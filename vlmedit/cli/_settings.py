@@ -69,5 +69,6 @@ def convert(name: str, value: Any, kind: Any) -> Any:
 
 def typed(config_class, given: dict) -> dict:
     """Settings with their fields' types; unknown keys stay, for `make` to refuse."""
-    kinds = get_type_hints(config_class)
+    place = str(given.get("data", "world"))
+    kinds = config_class.known(place) if hasattr(config_class, "known") else get_type_hints(config_class)
     return {k: convert(k, v, kinds[k]) if k in kinds else v for k, v in given.items()}

@@ -92,7 +92,7 @@ def draw(name: str, cases: list, edits: Path, model: str, seed: int, judge: str)
     """Draw the edits of a benchmark that are missing, after everything small is checked, the judge's files too."""
     from vlmedit.benchmarks import draw_edits
     from vlmedit.io import check_writable, disk_errors
-    from vlmedit.networks.load import check_judge
+    from vlmedit.networks.checks import check_judge
     from vlmedit.pipelines import exported as editor
     from vlmedit.pipelines.batch_edit import find_exported
 
@@ -111,7 +111,7 @@ def measure_all(name: str, pairs: list, out: Path, judge: str, clip: str, dino: 
     """Load the models and measure every edit; returns what result.json holds."""
     from vlmedit.benchmarks import Encoder, measure
     from vlmedit.networks.judges import load_judge
-    from vlmedit.pipelines.shapes import quiet
+    from vlmedit.networks.quiet import quiet
 
     with quiet():
         scorer = load_model(load_judge, "--judge", judge) if judge else None

@@ -224,7 +224,7 @@ def prepare(
     from vlmedit.data.layouts import check_dataset
     from vlmedit.data.prepare import run as real
     from vlmedit.networks.judges.text_vlm import load_writer
-    from vlmedit.pipelines.shapes import quiet
+    from vlmedit.networks.quiet import quiet
 
     settings = real.Settings(str(source), layout, vlm, llm or None, tuple(kinds or real.KINDS), per_picture, side, seed)
     launched = get_cpu_distributed_information()  # of any launcher, by its environment; there is nothing to exchange

@@ -101,7 +101,7 @@ def unusable(
         name = "name one, for example --judge Qwen/Qwen2.5-VL-7B-Instruct"
         problems.append(f"--best-of {best_of}: {model} has no judge of its own; {name}")
     if judge:
-        from vlmedit.networks.load import check_judge
+        from vlmedit.networks.checks import check_judge
 
         problems += [f"--{problem}" for problem in check_judge(judge)]
         if not (report or best_of):
@@ -151,8 +151,8 @@ def load_editor(model: str, exported, judge: str, report: bool, best_of: int):
     is needed."""
     if exported:
         from vlmedit.networks.judges import load_judge
+        from vlmedit.networks.quiet import quiet
         from vlmedit.pipelines import exported as editor
-        from vlmedit.pipelines.shapes import quiet
 
         with quiet():
             seen = load_model(load_judge, "--judge", judge) if judge else None

@@ -30,8 +30,8 @@ def export(
         push: Also upload it to this repository of the Hub, OWNER/NAME; private.
     """
     from vlmedit.io import check_writable, disk_errors, save_json
+    from vlmedit.networks.quiet import quiet
     from vlmedit.pipelines import export as real
-    from vlmedit.pipelines.shapes import quiet
 
     refuse(check_json(json))
     again = out is None and (run / "README.md").is_file()

@@ -17,7 +17,7 @@ ORDER = 8
 
 
 def notebook(
-    action: Positional[Literal["list", "run", "sweep", "results", "refresh"]],
+    action: Positional[Literal["list", "copy", "run", "sweep", "results", "refresh"]],
     name: Positional[str] = "all",
     *,
     p: UseAppendAction[tuple[str, ...]] = (),
@@ -31,14 +31,14 @@ def notebook(
     against: str = "",
     json: JsonFile = None,
 ) -> int:
-    """List, run and sweep the notebooks, gather their metrics, bring their outputs up to date.
+    """List, copy, run and sweep the notebooks, gather their metrics, bring their outputs up to date.
 
     Args:
-        action: list; run; sweep (a grid: -p SEED=0,1,2); results (of the runs below the folder NAME); refresh (the committed outputs).
-        name: A notebook by name, number or path, or all; for results a folder of runs.
+        action: list; copy (without outputs, into the folder NAME); run; sweep (a grid: -p SEED=0,1,2); results (of the runs below the folder NAME); refresh (the committed outputs).
+        name: A notebook by name, number or path, or all; for copy a new folder, for results a folder of runs.
         p: A parameter, -p NAME=VALUE or -p NAME VALUE; again for another one. A sweep takes several values with commas.
         out: Folder of the executed notebooks and their results.
-        folder: Of the notebooks; by default the repository's.
+        folder: Of the notebooks; by default the package's own.
         jobs: Combinations of a sweep at a time.
         csv: Table of the results.
         parquet: The same as Parquet; needs pyarrow.
@@ -53,6 +53,8 @@ def notebook(
     given = parse_pairs(p, "-p")
     if action == "results":
         return gather(Path(name if name != "all" else out), csv, parquet, plot, metric, against)
+    if action == "copy":
+        return copy(name, folder, json)
     chosen = suite.find(name, folder)
     if action == "list":
         return list_all(chosen, json)
@@ -63,6 +65,20 @@ def notebook(
     if action == "refresh" and given:
         raise InputError("-p: refresh runs the notebooks as they are, at the laptop tier")
     return tell(carry_out(action, chosen, given, out, jobs), json)
+
+
+def copy(name: str, folder: Path | None, json: Path | None) -> int:
+    """The notebooks without their outputs, into a new folder."""
+    from vlmedit.io import save_json
+    from vlmedit.teaching import runner as suite
+
+    if name == "all":
+        raise InputError("copy needs a folder: vlmedit notebook copy FOLDER")
+    copied = suite.copy(suite.find("all", folder), Path(name))
+    print(f"{len(copied)} notebooks in {name}; open them with: jupyter lab {name}")
+    if json:
+        save_json({"copied": [str(path) for path in copied]}, json)
+    return 0
 
 
 def list_all(chosen: list, json: Path | None) -> int:

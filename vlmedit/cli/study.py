@@ -43,7 +43,7 @@ def study(
         equal: What all arms spend alike: updates, calls of the student, or CPU-seconds; a pilot of each arm tells what its updates cost.
         set: Settings for all arms as key=value (of one stage: sft.lr=1e-3); teacher, judge and student name other models.
         jobs: Cells trained at a time, each in a process of its own.
-        out: Folder of the results; papers/results/studies/NAME by default.
+        out: Folder of the results; by default papers/results/studies/NAME in a checkout, elsewhere runs/studies/NAME.
         runs: Folder of the trainings, shared by all studies; runs/studies by default.
     """  # noqa: E501
     from vlmedit.experiments import study as suite

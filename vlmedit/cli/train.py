@@ -19,6 +19,7 @@ from vlmedit.cli._shared import RUN_BYTES, JsonFile, Tier, check_json, leads, pr
 from vlmedit.errors import ConfigError, InputError
 
 ORDER = 2
+RENAMED = {"warmup": "copy_warmup", "grpo": "flow_grpo", "synthetic": "synthetic_pairs", "cyclegan": "cyclegan_turbo"}
 
 
 def train(
@@ -33,11 +34,11 @@ def train(
 ) -> int:
     """Train: the README's main job, or one stage. The same command resumes a run that was stopped.
 
-    Settings that name a backbone train real models: `train npedit --config zimage_internvl` (shipped), `train warmup`
-    their copy warm-up.
+    Settings that name a backbone train real models: `train npedit --config zimage_internvl` (shipped), `train
+    copy_warmup` their copy warm-up.
 
     Args:
-        stage: main, or one of the stages teacher, judge, warmup, npedit, sft, grpo, synthetic, cyclegan, bootstrap, distill.
+        stage: main, or one of the stages teacher, judge, copy_warmup, npedit, sft, flow_grpo, synthetic_pairs, cyclegan_turbo, bootstrap, distill.
         tier: smoke (seconds), laptop (the shipped checkpoints) or gpu (a larger world).
         config: Settings as a .json or .yaml file, for example a run folder's config.json, or the name of shipped ones for real models.
         set: Settings as key=value; they win over the file.
@@ -85,8 +86,8 @@ def check_room(out: Path) -> None:
 
 def check_real_stage(stage: str, config: Path | None) -> None:
     """Raise `InputError` for a stage that no real models are trained by."""
-    if stage not in ("npedit", "warmup"):
-        problem = "the settings name a backbone, and real models are trained by the stages npedit and warmup"
+    if stage not in ("npedit", "copy_warmup"):
+        problem = "the settings name a backbone, and real models are trained by the stages npedit and copy_warmup"
         raise InputError(f"{problem}, not {stage}: vlmedit train npedit --config {config or 'FILE'}")
 
 
@@ -100,13 +101,15 @@ def check_run(config) -> None:
 
 def train_stage(stage: str, tier: str, given: dict) -> dict:
     """Run one training stage; returns its configuration and last metrics."""
-    from vlmedit.methods.stages import STAGES
+    from vlmedit.methods import find, names
 
-    if stage not in STAGES:
-        near = difflib.get_close_matches(stage, ("main", *STAGES), 1)
+    if stage not in names():
+        if stage in RENAMED:
+            raise ConfigError(f"unknown stage {stage!r}; it is called {RENAMED[stage]} now")
+        near = difflib.get_close_matches(stage, ("main", *names()), 1)
         nearest = f" (nearest: {near[0]})" if near else ""
-        raise ConfigError(f"unknown stage {stage!r}{nearest}; known: main, {', '.join(STAGES)}")
-    config_class, stage_loop = STAGES[stage]
+        raise ConfigError(f"unknown stage {stage!r}{nearest}; known: main, {', '.join(names())}")
+    config_class, stage_loop = find(stage)
     config = config_class.make(tier, **typed(config_class, given))
     check_run(config)
     return follow(stage, tier, config, stage_loop)
@@ -119,10 +122,8 @@ def train_real(stage: str, tier: str, given: dict, dry_run: bool) -> dict:
     config_class = RealConfig if stage == "npedit" else CopyConfig
     real, copy = ({f.name for f in dataclasses.fields(c)} for c in (RealConfig, CopyConfig))
     if stage == "npedit" and (copying := sorted(given.keys() & (copy - real))):
-        problem = "settings of the copy warm-up, not of npedit; run vlmedit train warmup with them"
+        problem = "settings of the copy warm-up, not of npedit; run vlmedit train copy_warmup with them"
         raise InputError(f"{', '.join(copying)}: {problem}")
-    if given.get("side") == RealConfig.side:  # as a run's config.json has it
-        given = {k: v for k, v in given.items() if k != "side"}
     config = config_class.make(tier, **typed(config_class, given))
     if dry_run:
         return {"stage": stage, "dry_run": True, **count(config)}
@@ -134,7 +135,7 @@ def train_real(stage: str, tier: str, given: dict, dry_run: bool) -> dict:
 
 def count(config) -> dict:
     """What a run on real models would hold and compute; shows it."""
-    from vlmedit.cost import plan
+    from vlmedit.cost import plan, table
 
     try:
         found = plan.plan(config)
@@ -143,7 +144,7 @@ def count(config) -> dict:
     except ValueError as error:  # a class that nobody here knows
         raise InputError(f"cannot be counted: {str(error).splitlines()[0]}") from error
     if leads():
-        plan.show(found)
+        table.show(found)
     return found.report()
 
 
@@ -163,8 +164,8 @@ def follow(stage: str, tier: str, config, loop) -> dict:
 
 def train_main(tier: str, given: dict) -> dict:
     """Run the README's main job; returns its configuration and what the oracle measured."""
-    from vlmedit.methods.npedit import NPEditConfig
     from vlmedit.experiments.live import live_config, run_main
+    from vlmedit.methods.npedit import NPEditConfig
 
     settings = typed(NPEditConfig, given)
     config = live_config(tier, **settings)
@@ -195,7 +196,7 @@ class Watch:
     def record(self) -> dict:
         """Where the run is, its configuration, and how far it came."""
         done = self.step.index if self.step else self.config.steps
-        config = dataclasses.asdict(self.config)
+        config = self.config.flat()
         return {"out": self.config.out, "config": config, "updates": done, "skipped": self.skipped}
 
 

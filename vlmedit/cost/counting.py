@@ -7,7 +7,7 @@ row are kept, the scores are not.
 Counted per role, with n the pictures in the batch. A forward costs F; its backward F for the input's gradient, and F more for the weights'
 where they are trained (LoRA: next to nothing); checkpointing repeats the forward, F again.
 Units: bytes and FLOPs (one multiply-add is 2). Configurations: the classes' defaults where they are the released model's, otherwise the
-checkpoint's config.json, named beside it.
+checkpoint's config.json, named beside it; of backbones they stand in the families' files.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from vlmedit.networks.backbones import families
 from vlmedit.networks.judges import recompute
 
 GB = 1e9
@@ -89,60 +90,19 @@ def count(model: nn.Module, call: Callable[[], Tensor], checkpoint: Callable[[bo
     return Call(counter.get_total_flops(), full, short)
 
 
-def _meta(build: Callable[[], nn.Module]) -> nn.Module:
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
         return nn.Module.to(build(), torch.bfloat16)  # diffusers' own `to` would warn
 
 
-def z_image() -> nn.Module:
-    """Z-Image, 6B: the class's defaults."""
-    from diffusers import ZImageTransformer2DModel
-
-    return _meta(ZImageTransformer2DModel)
+def transformer_of(family: str) -> nn.Module:
+    """The transformer of a backbone family at its published size, by the family's name."""
+    return on_meta(families()[family].full.transformer)
 
 
-def flux_kontext() -> nn.Module:
-    """FLUX.1-Kontext-dev, 12B: the class's defaults, with guidance embedding."""
-    from diffusers import FluxTransformer2DModel
-
-    return _meta(lambda: FluxTransformer2DModel(guidance_embeds=True))
-
-
-def qwen_image_edit() -> nn.Module:
-    """Qwen-Image-Edit, 20B: the class's defaults."""
-    from diffusers import QwenImageTransformer2DModel
-
-    return _meta(QwenImageTransformer2DModel)
-
-
-def flux2_klein() -> nn.Module:
-    """FLUX.2 klein base, 4B: 5 double and 20 single blocks of 24 heads of 128, prompts of 3 x 2560, no guidance embedding (`Klein4BParams` of
-    black-forest-labs/flux2, the released model's own code); the rest are the class's defaults."""
-    from diffusers import Flux2Transformer2DModel
-
-    return _meta(lambda: Flux2Transformer2DModel(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False))
-
-
-def flux2_autoencoder() -> nn.Module:
-    """The autoencoder of FLUX.2: 32 channels, packed 2 x 2: the class's defaults, with four stages of blocks."""
-    from diffusers import AutoencoderKLFlux2
-
-    return _meta(AutoencoderKLFlux2)
-
-
-def autoencoder() -> nn.Module:
-    """The autoencoder of FLUX.1 and Z-Image: 16 channels, 8 pixels per latent."""
-    from diffusers import AutoencoderKL
-
-    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(128, 256, 512, 512))
-    return _meta(lambda: AutoencoderKL(**blocks, layers_per_block=2, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False))
-
-
-def qwen_autoencoder() -> nn.Module:
-    """The autoencoder of Qwen-Image: 16 channels, 8 pixels per latent: the class's defaults."""
-    from diffusers import AutoencoderKLQwenImage
-
-    return _meta(AutoencoderKLQwenImage)
+def autoencoder_of(family: str) -> nn.Module:
+    """The autoencoder of a backbone family at its published size."""
+    return on_meta(families()[family].full.autoencoder)
 
 
 def internvl3_14b() -> nn.Module:
@@ -150,7 +110,7 @@ def internvl3_14b() -> nn.Module:
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
     text = dict(model_type="qwen2", hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8, vocab_size=151674)
-    return _meta(lambda: InternVLForConditionalGeneration(InternVLConfig(text_config={**text, "tie_word_embeddings": False}, tie_word_embeddings=False)))
+    return on_meta(lambda: InternVLForConditionalGeneration(InternVLConfig(text_config={**text, "tie_word_embeddings": False}, tie_word_embeddings=False)))
 
 
 def llava_onevision_7b() -> nn.Module:
@@ -163,7 +123,7 @@ def llava_onevision_7b() -> nn.Module:
     )  # fmt: skip
     text = dict(model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152000)
     config = lambda: LlavaOnevisionConfig(vision_config=vision, text_config={**text, "tie_word_embeddings": False}, tie_word_embeddings=False)
-    return _meta(lambda: LlavaOnevisionForConditionalGeneration(config()))
+    return on_meta(lambda: LlavaOnevisionForConditionalGeneration(config()))
 
 
 def qwen2_5_vl_7b() -> nn.Module:
@@ -173,7 +133,7 @@ def qwen2_5_vl_7b() -> nn.Module:
     vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584, patch_size=14)
     text = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064)
     text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}, "tie_word_embeddings": False}
-    return _meta(lambda: Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=False)))
+    return on_meta(lambda: Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=False)))
 
 
 def qwen3_vl_8b() -> nn.Module:
@@ -183,33 +143,23 @@ def qwen3_vl_8b() -> nn.Module:
 
     text = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936)
     text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True, "rope_theta": 5e6}}
-    return _meta(lambda: Qwen3VLForConditionalGeneration(Qwen3VLConfig(vision_config={"out_hidden_size": 4096}, text_config=text, tie_word_embeddings=False)))
+    return on_meta(lambda: Qwen3VLForConditionalGeneration(Qwen3VLConfig(vision_config={"out_hidden_size": 4096}, text_config=text, tie_word_embeddings=False)))
 
 
 def qwen3_4b() -> nn.Module:
-    """Z-Image's text encoder: Qwen3-4B without its head (config.json of Qwen/Qwen3-4B)."""
+    """The released recipe's text encoder: Qwen3-4B without its head (config.json of Qwen/Qwen3-4B)."""
     from transformers import Qwen3Config, Qwen3Model
 
     config = dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936)
-    return _meta(lambda: Qwen3Model(Qwen3Config(**config)))
+    return on_meta(lambda: Qwen3Model(Qwen3Config(**config)))
 
 
-BACKBONES = {"Z-Image": z_image, "FLUX.1-Kontext": flux_kontext, "Qwen-Image-Edit": qwen_image_edit, "FLUX.2-klein": flux2_klein}
 JUDGES = {"InternVL3-14B": internvl3_14b, "LLaVA-OneVision-7B": llava_onevision_7b, "Qwen2.5-VL-7B": qwen2_5_vl_7b, "Qwen3-VL-8B": qwen3_vl_8b}
 
 
 def shapes(*size: int) -> Tensor:
     """A tensor of that size without data, in bf16, that asks for a gradient."""
     return torch.empty(*size, device="meta", dtype=torch.bfloat16, requires_grad=True)
-
-
-def z_image_call(model: nn.Module, side: int = 512, words: int = 128, reference: bool = True) -> Call:
-    """One picture of `side` pixels through Z-Image: two frames with a reference, one without. Counted with trained weights; with LoRA the
-    layers' inputs are kept as well, for the adapters."""
-    frames = [shapes(16, 1 + reference, side // 8, side // 8)]
-    time, text = torch.empty(1, device="meta", dtype=torch.bfloat16), [torch.empty(words, model.config.cap_feat_dim, device="meta", dtype=torch.bfloat16)]
-    switch = lambda on: model.enable_gradient_checkpointing() if on else model.disable_gradient_checkpointing()
-    return count(model, lambda: model(list(frames), time, list(text), return_dict=False)[0][0], switch)
 
 
 def decoder_call(model: nn.Module, side: int = 512) -> Call:

@@ -19,7 +19,19 @@ import torch
 from torch import Tensor
 
 from vlmedit.data.batches import TEXT_LENGTH, Lesson
-from vlmedit.data.lesson_pictures import RUINED, SOILED, SPOTLESS, Clarity, Editor, OwnWork, Softener, blotch, own_work, redraw, soil
+from vlmedit.data.lesson_pictures import (
+    RUINED,
+    SOILED,
+    SPOTLESS,
+    Clarity,
+    Editor,
+    OwnWork,
+    Softener,
+    blotch,
+    own_work,
+    redraw,
+    soil,
+)
 from vlmedit.data.world import Example, ground, sample_example, target_of
 from vlmedit.errors import ImpossibleEdit
 from vlmedit.seeds import rng_for

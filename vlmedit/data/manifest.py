@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 from vlmedit.config import TrainConfig
 from vlmedit.data.batches import UnpairedBatch
 from vlmedit.data.layouts import read_items
-from vlmedit.data.requests import QUESTIONS, Book, Prompts, Request, batch_of
+from vlmedit.data.requests import QUESTIONS, Prompts, Request, batch_of
 from vlmedit.data.shards import PictureSource, shard_rows
 from vlmedit.errors import InputError, UnknownInstruction
 from vlmedit.io import BROKEN, some, to_rgb, to_tensor
@@ -99,12 +100,12 @@ def nothing_of(request: Request, rng: random.Random) -> Request:
     return replace(request, instruction=rng.choice(NOTHING), target_caption=request.reference_caption, type="nothing", thing=None)
 
 
-def book_of(rows: Sequence[Row], negative: str = "") -> Book:
-    """Every prompt that training on these rows may ask for, the negative prompt as number 0."""
+def texts_of(rows: Sequence[Row]) -> list[str]:
+    """Every prompt that training on these rows may ask for."""
     texts = dict.fromkeys(NOTHING)
     for row in rows:
         texts |= dict.fromkeys((row.request.instruction, row.request.target_caption, row.request.reference_caption))
-    return Book(negative, list(texts))
+    return list(texts)
 
 
 def nearest(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> int:
@@ -235,3 +236,17 @@ class ManifestData:
 
     def load_state_dict(self, state: dict) -> None:
         self.order.load_state_dict(state)
+
+
+class Feed(ManifestData):
+    """The batches of one process of a run on real models. `parts` numbers those of an update: (number over all processes, batch)."""
+
+    def __init__(self, rows: Sequence[Row], config, prompts: Prompts, questions: Prompts, rank: int = 0, world: int = 1, device=None):
+        super().__init__(rows, SimpleNamespace(batch=config.batch, seed=config.seed, data=config), prompts, questions)
+        self.total, self.device = config.accumulate * world, device
+        self.mine = range(rank, self.total, world)
+
+    def parts(self, *key) -> list[tuple[int, UnpairedBatch]]:
+        """This process's batches of the next update; `key` seeds what is random within them."""
+        drawn = self.batches(UnpairedBatch, key, self.config.batch, self.total, self.mine)
+        return [(number, batch.to(self.device)) for number, batch in drawn]

@@ -1,25 +1,21 @@
-"""Requests in words, as numbers: prompts, the judge's questions, and the batch that `NPEdit` takes.
-
-A batch carries no words but ids, and `Prompts` makes them. In the world of shapes they are the words themselves. A real
-text encoder is larger than the student, so every prompt is encoded once, before training, and a batch carries row
-numbers. Row 0 of a `Book` is the prompt of the unconditional score (empty, or a negative prompt): the world's
-all-padding caption, so `vlmedit.equations.dmd` guides real models unchanged.
+"""Requests in words, as ids: prompts, the judge's questions, and the batch that `NPEdit` takes.
 
 Questions: the released templates in our words, one pair for removals and one for everything else
 [npedit critic_models/prompts.py]; the judge of the world of shapes has been schooled on its own (`QUESTIONS`).
-Shapes: pictures (B, 3, H, W) in [-1, 1]; ids (B, L) words or (B, 1) rows.
+Shapes: pictures (B, 3, H, W) in [-1, 1]; ids (B, L), as `vlmedit.protocols.Prompts` makes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlmedit.data.batches import UnpairedBatch
+from vlmedit.protocols import Prompts
 from vlmedit.world.language import edit_question, identity_question, normalise, parse_instruction
 
 ROLE = "You are a professional digital artist and an expert image editor."
@@ -75,51 +71,10 @@ def shape_questions(request: Request) -> Asked:
 QUESTIONS: dict[str, Callable[[Request], Asked]] = {"released": Request.questions, "shapes": shape_questions}
 
 
-class Prompts(Protocol):
-    """How texts become the numbers that a batch carries: words of the world, or rows of a table of encoded prompts."""
-
-    def ids(self, texts: Sequence[str]) -> Tensor: ...  # (B, L)
-
-    def empty(self, ids: Tensor) -> Tensor: ...  # the unconditional prompt in the same shape
-
-
-@dataclass
-class Book:
-    """Texts and their numbers. The prompt of the unconditional score is number 0."""
-
-    unconditional: str = ""
-    texts: list[str] = field(default_factory=list)
-
-    def __post_init__(self):
-        self.texts = [self.unconditional, *(t for t in self.texts if t != self.unconditional)]
-        self._number = {t: i for i, t in enumerate(self.texts)}
-
-    def number(self, text: str) -> int:
-        """The text's number, a new one if it is new."""
-        if text not in self._number:
-            self._number[text] = len(self.texts)
-            self.texts.append(text)
-        return self._number[text]
-
-    def ids(self, texts: Sequence[str]) -> Tensor:
-        """(B, 1) numbers, as a column of ids."""
-        return torch.tensor([[self.number(t)] for t in texts])
-
-    def empty(self, ids: Tensor) -> Tensor:
-        """The unconditional prompt in the shape of `ids`: number 0."""
-        return torch.zeros_like(ids)
-
-    def look_up(self, ids: Tensor) -> list[str]:
-        """The texts of numbers of any shape."""
-        return [self.texts[i] for i in ids.flatten().tolist()]
-
-
-def batch_of(
-    requests: Sequence[Request], reference: Tensor, prompts: Prompts, questions: Prompts, wording: str = "released"
-) -> UnpairedBatch:
-    """These requests of these pictures, in whatever way `prompts` turns instructions and captions into ids, and
-    `questions` the judge's questions, asked in a `wording` of `QUESTIONS`. Raises ValueError unless there is one
-    picture per request."""
+def batch_of(requests: Sequence[Request], reference: Tensor, prompts: Prompts, questions: Prompts, wording: str = "released") -> UnpairedBatch:
+    """These requests of these pictures. A table among `prompts` grows by instructions and captions, one among `questions` by the judge's in a
+    `wording` of `QUESTIONS`.
+    Raises ValueError unless there is one picture per request."""
     if len(requests) != len(reference):
         raise ValueError(f"{len(requests)} requests of {len(reference)} pictures; there must be one picture each")
     asked = [QUESTIONS[wording](r) for r in requests]

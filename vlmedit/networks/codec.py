@@ -3,7 +3,8 @@
     latents = (z - shift) * scale       pixels = decode(latents / scale + shift)
 with scale and shift from the autoencoder's own configuration: `scaling_factor` and `shift_factor` (AutoencoderKL, DC, Tiny),
 `latents_mean` and `latents_std` per channel (Qwen-Image), or running batch statistics of 2x2-packed latents (FLUX.2).
-Encoding takes the mode of a variational posterior. Decoding is differentiable in the latents; the weights are frozen.
+Encoding takes the mode of a variational posterior. Decoding is differentiable in the latents; the weights are frozen. An autoencoder works
+in its own precision whatever autocast says, and hands out fp32.
 
 Shapes: pixels (B, 3, S, S) in [-1, 1]; latents (B, `channels`, S / `downscale`, S / `downscale`).
 """
@@ -11,7 +12,8 @@ Shapes: pixels (B, 3, S, S) in [-1, 1]; latents (B, `channels`, S / `downscale`,
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +21,6 @@ from diffusers import AutoModel, ModelMixin
 from torch import Tensor, nn
 
 PROBE_SIDE = 64  # pixels of the blank picture that measures an autoencoder's latents
-
-
-class Codec(Protocol):
-    channels: int
-    downscale: int
-
-    def encode(self, pixels: Tensor) -> Tensor: ...
-
-    def decode(self, latents: Tensor) -> Tensor: ...
 
 
 class PixelCodec(nn.Module):
@@ -46,13 +39,24 @@ class PixelCodec(nn.Module):
 
 def latent_statistics(autoencoder: ModelMixin) -> tuple[Tensor, Tensor]:
     """Shift and scale of the latents, each broadcastable over (B, C, H, W)."""
-    config, column = autoencoder.config, lambda values: torch.as_tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+    config = autoencoder.config
+
+    def column(values) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+
     if hasattr(autoencoder, "bn"):  # FLUX.2
         bn = autoencoder.bn
         return column(bn.running_mean), column((bn.running_var + config.batch_norm_eps).rsqrt())
     if config.get("latents_mean") and config.get("latents_std"):
         return column(config.latents_mean), column(config.latents_std).reciprocal()
     return column([config.get("shift_factor") or 0.0]), column([config.get("scaling_factor") or 1.0])
+
+
+def downscale_of(config: dict) -> int:
+    """Pixels per latent along one side as an autoencoder makes them (before any packing), by its configuration."""
+    if "temperal_downsample" in config:  # with an axis of frames
+        return 2 ** len(config["temperal_downsample"])
+    return 2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1)
 
 
 class AutoencoderCodec(nn.Module):
@@ -80,7 +84,18 @@ class AutoencoderCodec(nn.Module):
         """The codec of a saved autoencoder; its class is read from the folder."""
         return cls(AutoModel.from_pretrained(str(folder), **kwargs), checkpointing)
 
+    def exactly(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`work` on x in the autoencoder's precision; on the meta device, where nothing is computed, autocast is unknown."""
+        with torch.autocast(x.device.type, enabled=False) if not x.is_meta else nullcontext():
+            return work(x.to(self.autoencoder.dtype)).float()
+
     def encode(self, pixels: Tensor) -> Tensor:
+        return self.exactly(self.to_latents, pixels)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.exactly(self.to_pixels, latents)
+
+    def to_latents(self, pixels: Tensor) -> Tensor:
         out = self.autoencoder.encode(pixels.unsqueeze(2) if self.frames else pixels)
         if hasattr(out, "latent_dist"):
             z = out.latent_dist.mode()
@@ -90,7 +105,7 @@ class AutoencoderCodec(nn.Module):
         z = F.pixel_unshuffle(z, 2) if self.packed else z
         return (z - self.shift.to(z)) * self.scale.to(z)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def to_pixels(self, latents: Tensor) -> Tensor:
         z = latents / self.scale.to(latents) + self.shift.to(latents)
         z = F.pixel_shuffle(z, 2) if self.packed else z
         pixels = self.autoencoder.decode(z.unsqueeze(2) if self.frames else z).sample

@@ -1,6 +1,6 @@
 """A small diffusion transformer with reference tokens: teacher, fake score and student are three sets of its weights.
 
-Velocity v(x_t, t, text, reference) of a rectified flow [conventions: flow.py]. The reference's tokens join the keys and
+Velocity v(x_t, t, text, reference) of a rectified flow [conventions: flow.py]; it is a `vlmedit.protocols.Backbone` as it stands. The reference's tokens join the keys and
 values of every block at the same 2-D rotary positions as the target's, as in FLUX.1-Kontext or Qwen-Image-Edit
 (token concatenation, arXiv:2510.14978 Sec. 3). By default the reference is modulated as clean data (t = 0) and attends
 to itself and the text alone, so its keys and values do not depend on the noisy target: they are computed once per edit and
@@ -25,6 +25,7 @@ from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
 from vlmedit import flow
+from vlmedit.networks.prompts import Words
 from vlmedit.networks.text import TextEncoder
 
 Cache = list[tuple[Tensor, Tensor]]  # per block: keys and values of the reference, (B, heads, N, head_dim)
@@ -184,10 +185,26 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def embed(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Full-resolution stem features and patch tokens (B, N, d)."""
-        features = F.gelu(self.stem(image))
+        features = F.gelu(self.stem(image.to(self.stem.weight.dtype)))
         return features, self.patchify(features).flatten(2).transpose(1, 2)
 
+    @property
+    def channels(self) -> int:
+        """Of pictures, which are its latents."""
+        return self.config.channels
+
+    @property
+    def multiple(self) -> int:
+        """Of a picture's sides, of which only `config.side` is drawn."""
+        return self.config.patch
+
+    @property
+    def prompts(self) -> Words:
+        """A batch carries the words themselves."""
+        return Words(self.config.text_length)
+
     def encode_text(self, ids: Tensor) -> Tensor:
+        """States (B, L, d) of ids (B, L)."""
         return self.text(ids)
 
     def encode_reference(self, reference: Tensor, text: Tensor, t: Tensor | None = None) -> Cache:
@@ -203,8 +220,12 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def forward(self, x: Tensor, t: Tensor, text: Tensor, reference: Tensor | Cache | None = None, with_ground: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity (B, C, H, W). `text`: ids (B, L) or encoded states; `reference`: pixels or a cache of `encode_reference`.
         `with_ground` also returns logits (B, N, sum of ground_classes) of what each patch shows, read off halfway."""
+        side = self.config.side
+        for name, z in (("x", x), ("reference", reference)):
+            if isinstance(z, Tensor) and z.shape[-2:] != (side, side):
+                raise ValueError(f"{name} is {tuple(z.shape)}; this DiT draws {side} x {side} pixels alone: buckets={side}x{side}")
         if not text.is_floating_point():
-            text = self.encode_text(text)
+            text = self.text(text)
         if isinstance(reference, Tensor):
             reference = self.encode_reference(reference, text, t)
         features, tokens = self.embed(x)
@@ -214,6 +235,8 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x0 = self.head(torch.cat((wide, features.to(wide.dtype)), 1))
         v = flow.to_velocity(x, x0.to(x.dtype), t.clamp(min=MIN_TIME))
         return (v, self.ground(middle)) if with_ground else v
+
+    velocity = forward
 
 
 diffusers.DiT = DiT  # where a saved transformer's class name is looked up

@@ -11,21 +11,25 @@ Teacher and fake score see no reference, so a base widened for references draws 
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlmedit.networks.backbones import Backbone, Channels, family_of
-from vlmedit.networks.prompts import Text
+from vlmedit.networks.backbones import family_of
+from vlmedit.protocols import Backbone, Prompts
 
 ADAPTERS = ("student", "fake")
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,24 @@ class Roles:
     teacher: nn.Module
 
 
+def transformer_of(backbone: Backbone) -> ModelMixin:
+    """The network that is saved and sharded: what an adapter wraps, or the backbone itself."""
+    return backbone if isinstance(backbone, ModelMixin) else backbone.transformer
+
+
 def module_roles(student: Backbone, teacher: Backbone | None = None) -> Roles:
     """Three modules: the fake score starts as a copy of the teacher, which is the student's start unless given."""
-    twin = lambda b: type(b)(copy.deepcopy(b.transformer), b.bank)
+
+    def twin(backbone: Backbone) -> Backbone:
+        network = copy.deepcopy(transformer_of(backbone))
+        return network if isinstance(backbone, ModelMixin) else type(backbone)(network, backbone.prompts)
+
     teacher = twin(student) if teacher is None else teacher
     roles = Roles(student, twin(teacher), teacher)
     for role in (roles.fake, roles.teacher):
-        role.transformer.gradient_checkpointing = student.transformer.gradient_checkpointing
-        for name in ("omni", "embedded_guidance"):
-            if hasattr(student, name):
-                setattr(role, name, getattr(student, name))
+        transformer_of(role).gradient_checkpointing = transformer_of(student).gradient_checkpointing
+        for mode in getattr(student, "modes", ()):
+            setattr(role, mode, getattr(student, mode))
     roles.teacher.requires_grad_(False)
     return roles
 
@@ -57,9 +69,7 @@ def lora_targets(transformer: ModelMixin) -> list[str]:
     blocks = [(name, m) for name, m in transformer.named_modules() if type(m).__name__ in repeated]
     names = [f"{block}.{name}" for block, module in blocks for name, m in module.named_modules() if isinstance(m, nn.Linear)]
     family = family_of(type(transformer).__name__)
-    if issubclass(family, Channels):
-        names.append(family.entry)
-    return names
+    return [*names, family.adapter.entry] if family.widened else names
 
 
 class SharedBase:
@@ -68,7 +78,7 @@ class SharedBase:
     def __init__(self, backbone: Backbone, rank: int = 16, alpha: float | None = None):
         if rank < 1:
             raise ValueError(f"rank is {rank}; a LoRA adapter needs at least 1, three modules need `module_roles`")
-        self.backbone, self.transformer = backbone, backbone.transformer
+        self.backbone, self.transformer = backbone, transformer_of(backbone)
         self.transformer.requires_grad_(False)
         config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=lora_targets(self.transformer))
         with warnings.catch_warnings():
@@ -132,25 +142,50 @@ class AdapterRole(nn.Module):
         for name, p in own.items():
             p.copy_(state[name])
 
-    def encode_text(self, numbers: Tensor) -> Text:
-        return self.shared.backbone.encode_text(numbers)
+    @property
+    def prompts(self) -> Prompts:
+        return self.shared.backbone.prompts
 
-    def hold_reference(self, reference: Tensor, text: Text) -> Tensor:
-        return self.shared.backbone.hold_reference(reference, text)
-
-    def velocity(self, x: Tensor, t: Tensor, text: Text | Tensor, reference: Tensor | None = None) -> Tensor:
-        """The base's `velocity` under this role's adapter, whoever is active before or after."""
+    def call(self, method: Callable, *args) -> Any:
+        """A call of the base under this role's adapter, whoever is active before or after."""
         self.shared.switch(self.role)
-        v = self.shared.backbone(x, t, text, reference)
-        if v.requires_grad:  # the base may be somebody else by the time the gradient comes back
-            v.register_hook(lambda _: self.shared.switch(self.role))
-        return v
+        return self.back(method(*args))
+
+    def back(self, out: Any) -> Any:
+        """Make the base this role again before any gradient of what it gave comes back: it may be somebody else by then."""
+        if isinstance(out, Tensor):
+            if out.requires_grad:
+                out.register_hook(lambda _: self.shared.switch(self.role))
+        elif isinstance(out, list | tuple):  # keys and values
+            for part in out:
+                self.back(part)
+        return out
+
+    def encode_text(self, ids: Tensor) -> Any:
+        return self.call(self.shared.backbone.encode_text, ids)
+
+    def hold_reference(self, reference: Tensor, text: Any) -> Any:
+        return self.call(self.shared.backbone.hold_reference, reference, text)
+
+    def velocity(self, x: Tensor, t: Tensor, text: Any, reference: Any = None) -> Tensor:
+        """The base's `velocity` under this role's adapter."""
+        return self.call(self.shared.backbone, x, t, text, reference)
 
     forward = velocity
 
     def save(self, folder: str | Path) -> None:
         """The adapter in diffusers' own file, pytorch_lora_weights.safetensors, for `load_lora_adapter`."""
         self.shared.transformer.save_lora_adapter(str(folder), adapter_name=self.role)
+
+
+def save_adapter(student: AdapterRole, state: dict[str, Tensor], folder: Path) -> None:
+    """`pytorch_lora_weights.safetensors` with the adapter's configuration in its metadata, for `load_lora_adapter`."""
+    transformer = student.shared.transformer
+    weights = get_peft_model_state_dict(transformer, state_dict=state, adapter_name=student.role)
+    config = transformer.peft_config[student.role].to_dict()
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / LORA_FILE, metadata)
 
 
 def adapter_roles(backbone: Backbone, rank: int = 16, alpha: float | None = None) -> Roles:

@@ -1,11 +1,8 @@
-"""Many processes: FSDP2 for every role, and checkpoints that do not depend on how many processes wrote them.
+"""Many processes: FSDP2 for every role.
 
 Each block is sharded by itself (`fully_shard`), then a backbone as a whole. A judge's outer module is never called, only its parts are, so
 of a judge the blocks alone are sharded; embeddings and output layer stay whole, because the margin reads two rows of it. The autoencoder
 stays whole. A process averages nothing itself: FSDP2 hands it averaged gradients.
-
-`Whole` shows a sharded module, average or optimizer as if it were whole: its state is gathered weight by weight into the main process's
-memory, and given back to every process's shard.
 
 accelerate's own `prepare` is not used: it takes one model and its optimizer, calls it through its root, and on a CPU knows no FSDP at all
 (`Accelerator` sets distributed_type to MULTI_CPU and drops the plugin). Its configuration files are: they start the processes, name the
@@ -19,25 +16,16 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
-from vlmedit.errors import ConfigError
-
-
-def wanted(config, accelerator: Accelerator) -> bool:
-    """Whether this run shards. Raises ConfigError for FSDP1 and for settings that cannot be sharded."""
-    told = accelerator.distributed_type == DistributedType.FSDP
-    if told and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
-        raise ConfigError("accelerate is configured for FSDP1; set fsdp_version: 2 in its config file, or use one of vlmedit/configs/accelerate")
-    on = config.sharding == "fsdp2" or (config.sharding == "auto" and told)
-    if on and accelerator.num_processes == 1:
-        return False  # nothing to share
-    if on and config.offload:
-        raise ConfigError(f"offload is {', '.join(config.offload)} and weights are sharded; use accelerate's fsdp_offload_params instead")
-    if on and config.optimizer != "adamw":
-        raise ConfigError(f"optimizer is {config.optimizer!r} and weights are sharded; Muon takes whole matrices and bitsandbytes' states cannot be sharded, use adamw")
-    return on
+OUTSIDE = ("encode_text", "hold_reference")  # of a backbone that needs no adapter: called by themselves and not through its root
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -71,10 +59,13 @@ def shard(model: nn.Module, accelerator: Accelerator, precision: str, root: bool
         fully_shard(block, reshard_after_forward=again, **settings)
     if root:
         fully_shard(model, **settings)
-    return model if root else settle(model, accelerator.device)
+        for method in OUTSIDE:
+            if hasattr(model, method):
+                register_fsdp_forward_method(model, method)
+    return model if root else to_device(model, accelerator.device)
 
 
-def settle(model: nn.Module, device: torch.device) -> nn.Module:
+def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     """Move a model to a device, in place, all but its shards: `fully_shard` made them where they are to be, and those that CPUOffloadPolicy
     keeps on the CPU must be found there."""
     if not is_sharded(model):

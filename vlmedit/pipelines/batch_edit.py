@@ -65,7 +65,7 @@ class Job:
 def find_exported(model: str, trust: bool = False):
     """The exported editor of real models that a folder or an id of the Hub holds; None for anything else, such as the miniature's. Raises
     `InputError` for one that cannot be used, and for real models that were not exported."""
-    from vlmedit.networks.hub import looks_like_id
+    from vlmedit.networks.checks import looks_like_id
 
     folder = Path(model)
     if model == "shapes" or not (folder.is_dir() or looks_like_id(model)):

@@ -6,12 +6,13 @@ sample, as the miniature's is [models/pipeline.py], the re-noising of the sample
 `torch.manual_seed(seed)` on a CPU in the same precision (here float32, the card's is the exported one). A judge, where one is named, is asked
 the questions of the training [requests.py].
 
-Code that comes with a folder is run only if it is, byte for byte, the file that `vlmedit export` copies there, or if the user trusts it.
+Code that comes with a folder is run only if it is, byte for byte, the file that `vlmedit export` writes there, or if the user trusts it.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,16 +30,22 @@ from torch import Tensor
 from vlmedit.data.requests import Request
 from vlmedit.errors import InputError
 from vlmedit.io import _decode, to_rgb, to_tensor
-from vlmedit.networks.hub import looks_like_id, reachable
+from vlmedit.networks.backbones import families, family_of
+from vlmedit.networks.backbones._base import Family
+from vlmedit.networks.checks import check_backbone, complete, looks_like_id, reachable, read_json
+from vlmedit.networks.codec import downscale_of
 from vlmedit.networks.judges import Judge
-from vlmedit.networks.prompt_cache import DTYPE
-from vlmedit.pipelines.export import ABOUT, CODE, HUB_ERRORS, KINDS, LORA_FILE, PIPELINES, pipeline_class
-from vlmedit.pipelines.shapes import Answers, EditOutput, generators, quiet
+from vlmedit.networks.load import DTYPE
+from vlmedit.networks.lora import LORA_FILE
+from vlmedit.networks.quiet import quiet
+from vlmedit.pipelines.export import ABOUT, CODE, HUB_ERRORS, KINDS, code_of, pipeline_class
+from vlmedit.pipelines.shapes import Answers, EditOutput, generators
 from vlmedit.world.language import Question
 
 SMALL = ["*.json", "*.py", "*.md", "*.txt", "*.jinja"]  # what is downloaded before everything has been checked
 FREE_SHARE = 0.8  # of a device's free memory that the weights may fill; more than that, and they wait on the CPU
 LIBRARIES = ("diffusers", "transformers")
+FORMER = ("c490e53861ccbce470ac971483cd53efe7eb5e675d72b309c84dc9b5d3ed1833",)  # SHA-256 of the files that earlier versions wrote
 
 
 def local(model: str, whole: bool = False) -> Path:
@@ -70,23 +77,26 @@ class Exported:
     foreign: tuple[str, ...] = ()  # code that is not ours
     trust: bool = False  # run it
 
+    @property
+    def family(self) -> Family:
+        return family_of(self.transformer)
+
     def working_size(self, width: int, height: int, side: int | None = None) -> tuple[int, int]:
         """Width and height at which a picture is shown to the model."""
         scale = side / max(width, height) if side else (self.pixels / (width * height)) ** 0.5
         return tuple(max(1, round(length * scale / self.multiple)) * self.multiple for length in (width, height))
 
 
-def spatial_scale(config: dict) -> int:
-    """Pixels per latent along one side, by an autoencoder's configuration."""
-    if "temperal_downsample" in config:  # Qwen-Image
-        return 2 ** len(config["temperal_downsample"])
-    return 2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1)
+def ours(path: Path, family: Family) -> bool:
+    """Whether a file is the one that `vlmedit export` writes for a family, or that an earlier version wrote."""
+    code, text = code_of(family), path.read_bytes()
+    return code is not None and (text == code.encode() or hashlib.sha256(text).hexdigest() in FORMER)
 
 
-def foreign_code(folder: Path) -> list[str]:
-    """Files of code that are not the one `vlmedit export` copies, and components of libraries other than diffusers and transformers."""
-    ours = CODE.read_bytes()
-    found = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*.py")) if p.name != CODE.name or p.parent != folder or p.read_bytes() != ours]
+def foreign_code(folder: Path, family: Family) -> list[str]:
+    """Files of code that are not the one `vlmedit export` writes, and components of libraries other than diffusers and transformers."""
+    own = folder / CODE
+    found = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*.py")) if p != own or not ours(p, family)]
     index = folder / "model_index.json"
     parts = json.loads(index.read_text()) if index.is_file() else {}
     used = [f"{name} of {value[0]}" for name, value in parts.items() if not name.startswith("_") and isinstance(value, list) and value[0] not in (None, *LIBRARIES)]
@@ -95,16 +105,13 @@ def foreign_code(folder: Path) -> list[str]:
 
 def find(model: str, trust: bool = False) -> Exported:
     """What the small files of a folder or an id say. Raises `InputError` with everything that is wrong, before any weight is read."""
-    from vlmedit.networks.backbones import FAMILIES
-    from vlmedit.networks.load import check_backbone, complete, read_json
-
-    folder = local(model)
+    folder, known = local(model), {f.transformer for f in families().values() if f.adapter}
     whole = looks_like_id(model)  # the Hub's weights are not here yet
     try:
         about = json.loads((folder / ABOUT).read_text())
         kind, transformer, base = about["kind"], about["transformer"], about.get("base", "")
         counts = {name: int(about[name]) for name in ("steps", "text_length", "pixels")}
-        if kind not in KINDS or transformer not in FAMILIES or min(counts.values()) < 1 or (kind == "adapter") != bool(base):
+        if kind not in KINDS or transformer not in known or min(counts.values()) < 1 or (kind == "adapter") != bool(base):
             raise ValueError(about)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"--model {model}: its {ABOUT} is not what vlmedit export writes ({type(error).__name__}: {error}); export the run again") from None
@@ -114,13 +121,13 @@ def find(model: str, trust: bool = False) -> Exported:
         problems += [f"its base {p.removeprefix('backbone: ')} ({ABOUT} names it)" for p in check_backbone(base, trust=trust)]
     elif not whole:
         problems += [p for part in ("transformer", "vae") for p in complete(str(folder), part)]
-    foreign = foreign_code(folder)
+    foreign = foreign_code(folder, family_of(transformer))
     if foreign and not trust:
         problems.append(f"brings code of its own ({', '.join(foreign)}), which is not run; read it, and pass --trust-remote-code if you trust it")
     if problems:
         raise InputError([f"--model {model}: {p}".replace("set trust_remote_code=true", "pass --trust-remote-code") for p in problems])
     autoencoder = read_json(base or str(folder), "vae/config.json")
-    multiple = spatial_scale(autoencoder) * (1 if transformer == "SanaTransformer2DModel" else 2)
+    multiple = downscale_of(autoencoder) * family_of(transformer).multiple
     return Exported(model, folder, kind, transformer, multiple=multiple, base=base, foreign=tuple(foreign), trust=trust, **counts)
 
 
@@ -145,8 +152,9 @@ def fit(exported: Exported, path: Path, side: int | None = None) -> Fitted:
     """Check one picture. Raises `InputError` naming the file, what is wrong with it and the remedy."""
     size = _decode(path).size
     shown = exported.working_size(*size, side)
-    if exported.transformer == "Flux2Transformer2DModel" and min(shown) < 64:
-        raise InputError(f"{path}: shown at {shown[0]} x {shown[1]}; {exported.transformer} needs 64 pixels along both sides: choose a larger --side")
+    least = stock.least if (stock := exported.family.stock) else 0
+    if min(shown) < least:
+        raise InputError(f"{path}: shown at {shown[0]} x {shown[1]}; {exported.transformer} needs {least} pixels along both sides: choose a larger --side")
     return Fitted(path, size, shown)
 
 
@@ -161,10 +169,8 @@ class Editor:
         """One edit, at the view's size. Raises `InputError` where the memory does not suffice."""
         width, height = view.size
         settings = dict(height=height, width=width, num_inference_steps=steps, max_sequence_length=self.exported.text_length, generator=generator)
-        if self.exported.transformer in PIPELINES:
-            settings["guidance_scale"] = 1.0
-        if self.exported.transformer == "FluxTransformer2DModel":
-            settings |= dict(max_area=width * height, _auto_resize=False)
+        if stock := self.exported.family.stock:
+            settings |= {"guidance_scale": 1.0, **stock.settings(width, height)}
         try:
             with noise_from(self.pipe.scheduler, generator):
                 return self.pipe(image=view, prompt=instruction, **settings).images[0]
@@ -215,13 +221,13 @@ def noise_from(scheduler: FlowMatchEulerDiscreteScheduler, generator: torch.Gene
 def load_pipeline(exported: Exported, dtype: torch.dtype) -> DiffusionPipeline:
     """The exported folder itself, or an adapter upon its base. Code of its own is run only where `exported` says that it may be."""
     folder, settings = local(exported.name, whole=True), {DTYPE: dtype}
-    stock = pipeline_class(exported.transformer)
+    stock = pipeline_class(exported.family)
     if exported.kind == "full":
         loader = DiffusionPipeline if exported.foreign else stock  # foreign code is here only if the user trusts it
-        trust = {"trust_remote_code": True} if exported.foreign or exported.transformer not in PIPELINES else {}  # any other code equals ours
+        trust = {"trust_remote_code": True} if exported.foreign or not exported.family.stock else {}  # any other code equals ours
         return loader.from_pretrained(folder, **trust, **settings)
-    if CODE.name in exported.foreign:
-        pipe = DiffusionPipeline.from_pretrained(exported.base, custom_pipeline=str(folder / CODE.name), trust_remote_code=True, **settings)
+    if CODE in exported.foreign:
+        pipe = DiffusionPipeline.from_pretrained(exported.base, custom_pipeline=str(folder / CODE), trust_remote_code=True, **settings)
     else:
         pipe = stock.from_pretrained(exported.base, **({"trust_remote_code": True} if exported.trust else {}), **settings)
     pipe.load_lora_weights(str(folder), weight_name=LORA_FILE)

@@ -18,8 +18,7 @@ one-line pipeline.py which that reads.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -30,16 +29,15 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from vlmedit import flow
 from vlmedit.io import to_tensor
 from vlmedit.networks.dit import DiT
 from vlmedit.networks.judge import JudgeModel
+from vlmedit.networks.quiet import quiet
 from vlmedit.seeds import rng_for
 from vlmedit.world.language import Question, edit_question, identity_question, normalise, parse_instruction
 from vlmedit.world.tokenizer import build_tokenizer, encode
@@ -132,7 +130,7 @@ class EditPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         super().save_pretrained(save_directory, **kwargs)
-        Path(save_directory, "pipeline.py").write_text("from vlmedit.pipelines.shapes import EditPipeline  # noqa: F401\n")
+        Path(save_directory, "pipeline.py").write_text("from vlmedit import EditPipeline  # noqa: F401\n")
 
     def times(self, steps: int) -> list[float]:
         """Start times of a sampler of `steps` network calls, from the scheduler."""
@@ -261,19 +259,6 @@ def checkpoint(family: str, role: str) -> Path:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no {role} checkpoint of {family!r} at {folder}; train it: vlmedit train {STAGES[role]}")
     return folder
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No loading bars of the libraries: our checkpoints load in an instant."""
-    shown = [lib for lib in (diffusers_logging, transformers_logging) if lib.is_progress_bar_enabled()]
-    for lib in shown:
-        lib.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for lib in shown:
-            lib.enable_progress_bar()
 
 
 @quiet()

@@ -1,0 +1,5 @@
+"""Notebooks: what they ask, how they are run, copied and packed."""
+
+from vlmedit.extras import need
+
+need("nbformat")

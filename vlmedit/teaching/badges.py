@@ -20,10 +20,9 @@ from urllib.parse import quote
 import nbformat
 
 from vlmedit.errors import InputError
-from vlmedit.teaching.runner import FOLDER
+from vlmedit.teaching.notebook import checkout
 from vlmedit.teaching.workshop import without_outputs
 
-ROOT = FOLDER.parent
 BRANCH = "colab"
 BEGIN, END = "<!-- badges:begin -->", "<!-- badges:end -->"
 SETUP = """# For Colab alone, which has not got this package: installs it. Anywhere else this cell does nothing.
@@ -43,14 +42,14 @@ def public(remote: str) -> str | None:
     return f"https://{found[1]}/{found[2]}" if found else None
 
 
-def declared(root: Path = ROOT) -> str | None:
+def declared(root: Path) -> str | None:
     """The address in pyproject.toml."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     urls = {name.lower(): url for name, url in project.get("urls", {}).items()}
     return public(urls["repository"]) if "repository" in urls else None
 
 
-def address(root: Path = ROOT) -> str | None:
+def address(root: Path) -> str | None:
     """The address in pyproject.toml, or else that of git's `origin`, or None."""
     if known := declared(root):
         return known
@@ -89,25 +88,26 @@ def for_colab(notebook, address: str):
     return without_outputs(notebook)
 
 
-def write_colab(out: Path, address: str | None) -> list[Path]:
-    """The notebooks for Colab, in `out/notebooks`. Raises `InputError` without an address that Colab can install from."""
+def write_colab(root: Path, out: Path, address: str | None) -> list[Path]:
+    """The notebooks of a checkout for Colab, in `out/notebooks`. Raises `InputError` without an address that Colab can install from."""
     if address is None:
         raise InputError("the repository's public address is not known; put Repository = \"https://...\" below [project.urls] in pyproject.toml")
     folder = out / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(FOLDER.glob("*.ipynb")):
+    for path in sorted((root / "notebooks").glob("*.ipynb")):
         nbformat.write(for_colab(nbformat.read(path, 4), address), folder / path.name)
     return sorted(folder.glob("*.ipynb"))
 
 
 def main(arguments: list[str]) -> int:
-    known = address()
-    readme = ROOT / "README.md"
-    readme.write_text(with_badges(readme.read_text(encoding="utf-8"), known), encoding="utf-8")
-    print(badges(known) or "no badges: neither pyproject.toml nor git's origin tells a public address")
+    """Write the badges, and into each folder named the notebooks for Colab; what is wrong is told in one line."""
     try:
+        root = checkout()
+        known, readme = address(root), root / "README.md"
+        readme.write_text(with_badges(readme.read_text(encoding="utf-8"), known), encoding="utf-8")
+        print(badges(known) or "no badges: neither pyproject.toml nor git's origin tells a public address")
         for folder in arguments:
-            print(f"{len(write_colab(Path(folder), known))} notebooks in {folder}")
+            print(f"{len(write_colab(root, Path(folder), known))} notebooks in {folder}")
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,8 +1,9 @@
-"""Running the notebooks: with checked parameters, over grids, and with their outputs brought up to date.
+"""Running the notebooks: found by name, with checked parameters, over grids, and with their outputs brought up to date.
 
 * `run` executes one notebook by papermill and never raises for a failing cell: the executed notebook is kept, the `Result` says which.
 * `sweep` runs a grid of parameters, each combination in a process of its own; what is finished already is not run again.
 * `results` reads the recorded metrics of a folder of runs into one table.
+* `copy` gives a student notebooks of their own, without outputs.
 * `refresh` puts laptop-tier outputs into the committed notebooks, with a hash of the code they belong to.
 
 A notebook's parameters are the literals of its cell tagged `parameters`; a name or type it does not have is refused before anything runs.
@@ -11,7 +12,6 @@ A notebook's parameters are the literals of its cell tagged `parameters`; a name
 from __future__ import annotations
 
 import ast
-import hashlib
 import itertools
 import json
 import subprocess
@@ -26,24 +26,14 @@ from pathlib import Path
 import nbformat
 
 from vlmedit.errors import InputError
-from vlmedit.io import save_json
+from vlmedit.extras import need
+from vlmedit.io import check_writable, save_json
 from vlmedit.teaching.checking import recorded
+from vlmedit.teaching.notebook import FOLDER, Notebook, code_hash, read, refreshed, without_outputs
 
-FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 LARGEST = 1_000_000  # bytes of a committed notebook, so that code hosts show it
 TIERS = ("smoke", "laptop", "gpu")
 PATIENCE = {"smoke": 600, "laptop": 3600, "gpu": 12 * 3600}  # seconds that one cell may take, many times what it needs
-
-
-@dataclass(frozen=True)
-class Notebook:
-    path: Path
-    title: str
-    parameters: dict[str, object]  # name -> default
-
-    @property
-    def name(self) -> str:
-        return self.path.stem
 
 
 @dataclass(frozen=True)
@@ -62,30 +52,6 @@ class Result:
     error: str = ""
 
 
-def code_hash(notebook) -> str:
-    """SHA-256 over all code cells, so that outputs can be told from those of other code."""
-    code = "\0".join(c.source for c in notebook.cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", ()))
-    return hashlib.sha256(code.encode()).hexdigest()
-
-
-def read(path: Path) -> Notebook:
-    """A notebook's title and parameters. Raises `InputError` when it is no notebook or its parameters are no literals."""
-    try:
-        cells = nbformat.read(path, 4).cells
-    except Exception as error:  # nbformat raises whatever JSON and its schema do
-        raise InputError(f"{path}: not a notebook ({str(error).splitlines()[0]})") from None
-    title = next((c.source.splitlines()[0].lstrip("# ") for c in cells if c.cell_type == "markdown"), path.stem)
-    tagged = [c.source for c in cells if "parameters" in c.metadata.get("tags", ())]
-    if len(tagged) != 1:
-        raise InputError(f"{path}: {len(tagged)} cells are tagged 'parameters'; there must be one")
-    try:
-        statements = [s for s in ast.parse(tagged[0]).body if isinstance(s, ast.Assign)]
-        parameters = {s.targets[0].id: ast.literal_eval(s.value) for s in statements}
-    except (ValueError, SyntaxError, AttributeError):
-        raise InputError(f"{path}: its parameters cell must hold literals alone, NAME = value") from None
-    return Notebook(path, title, parameters)
-
-
 def find(name: str = "all", folder: Path | None = None) -> list[Notebook]:
     """The notebooks that `name` means: "all", a number, a name or its beginning, or a path. Raises `InputError` with the known ones."""
     if name.endswith(".ipynb") and Path(name).is_file():
@@ -100,6 +66,18 @@ def find(name: str = "all", folder: Path | None = None) -> list[Notebook]:
         near = get_close_matches(name, stems, 1, 0.3)
         raise InputError(f"no notebook {name!r}{f' (nearest: {near[0]})' if near else ''}; known: all, {', '.join(stems)}")
     return [read(p) for p in chosen]
+
+
+def copy(notebooks: Sequence[Notebook], folder: Path) -> list[Path]:
+    """Notebooks for a student to work in, without outputs. Raises `InputError` before anything is written where one is there already."""
+    check_writable(folder, "folder")
+    targets = [folder / n.path.name for n in notebooks]
+    if there := [t.name for t in targets if t.exists()]:
+        raise InputError(f"{folder}: {', '.join(there)} there already, perhaps with somebody's work; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for notebook, target in zip(notebooks, targets):
+        nbformat.write(without_outputs(nbformat.read(notebook.path, 4)), target)
+    return targets
 
 
 def _value(notebook: Notebook, name: str, text: str):
@@ -152,6 +130,7 @@ def started(executed) -> int:
 def run(notebook: Notebook, values: Mapping, out: Path, progress: bool = True, patience: float | None = None) -> Result:
     """Execute into `out/NAME.ipynb`, with the `Result` beside it as JSON. A failing cell, one that takes longer than `patience`
     seconds (by default the tier's) and a kernel that dies are results, not exceptions."""
+    need("papermill")
     import papermill
 
     from vlmedit.teaching.engine import ENGINE, STOPPED
@@ -230,6 +209,7 @@ def _flat(nested: Mapping, before: str = "") -> dict:
 def results(folder: Path):
     """One row per finished run below `folder`: notebook, parameters, recorded metrics (nested names joined by dots), as a DataFrame.
     Raises `InputError` when there is none."""
+    need("pandas")
     import pandas
 
     rows = []
@@ -271,21 +251,6 @@ def plot(table, metric: str, against: str, path: Path) -> Path:
     axis.set(xlabel=against, ylabel=metric, title=f"{metric}: best {mean.max():.3g} at {against} {mean.idxmax()} ({len(table)} runs)")
     axis.grid(alpha=0.3)
     return save(figure, path)
-
-
-def refreshed(source, executed):
-    """The source notebook with the outputs of its execution and the hash of its code; parameters stay as they are."""
-    source = nbformat.from_dict(json.loads(json.dumps(source)))
-    ran = iter(c for c in executed.cells if "injected-parameters" not in c.metadata.get("tags", ()))
-    for cell, done in zip(source.cells, ran, strict=True):
-        if cell.cell_type != "code":
-            continue
-        cell.outputs, cell.execution_count = done.outputs, done.execution_count
-        for output in cell.outputs:
-            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # its state is not kept
-            output.get("metadata", {}).clear()
-    source.metadata["vlmedit"] = {"code": code_hash(source), "tier": "laptop"}
-    return source
 
 
 def refresh(notebook: Notebook, out: Path, tier: str = "laptop") -> Result:

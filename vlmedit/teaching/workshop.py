@@ -15,32 +15,23 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
 
 from vlmedit.errors import InputError
 from vlmedit.teaching import checking, exercises
-from vlmedit.teaching.runner import FOLDER
+from vlmedit.teaching.notebook import checkout, without_outputs
 
-ROOT = FOLDER.parent
 NAME = "vlmedit-workshop"
-FILES = ("README.md", "LICENSE", "Makefile", "environment.yml", "requirements.lock", "pyproject.toml")
+FILES = ("README.md", "LICENSE", "Makefile", "environment.yml", "requirements.lock", "pyproject.toml", "setup.py")
 GUIDE = "teaching.md"
-
-
-def without_outputs(notebook):
-    """The notebook as a participant gets it."""
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    notebook.metadata.pop("vlmedit", None)
-    return notebook
 
 
 def solved(notebook):
     """The notebook with every stub followed by the reference in its place, so that the teacher sees both."""
-    checks = dict(re.findall(r"^(\w+) = learn\.check\(\1, exercises\.(\w+)\)$", "\n".join(c.source for c in notebook.cells), re.M))
+    checks = dict(re.findall(r"^(\w+) = checking\.check\(\1, exercises\.(\w+)\)$", "\n".join(c.source for c in notebook.cells), re.M))
     for cell in notebook.cells:
         if "exercise" in cell.metadata.get("tags", ()):
             name = ast.parse(cell.source).body[-1].name
@@ -62,39 +53,47 @@ def timings(path: Path | None) -> str:
     return "\n".join(["# Measured times", "", "| notebook | tier | minutes | ran through |", "|---|---|---|---|", *lines, ""])
 
 
-def sources() -> list[Path]:
+def sources(root: Path) -> list[Path]:
     """What git would hand out of the package and the papers: tracked files and new ones that are not ignored."""
     command = ["git", "ls-files", "-co", "--exclude-standard", "vlmedit", "papers", "kernels"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if listed.returncode == 0:
-        return [Path(line) for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
-    found = (p for folder in ("vlmedit", "papers", "kernels") for p in (ROOT / folder).rglob("*"))
-    return [p.relative_to(ROOT) for p in found if p.is_file() and "__pycache__" not in p.parts]
+        return [Path(line) for line in listed.stdout.splitlines() if (root / line).is_file()]
+    found = (p for folder in ("vlmedit", "papers", "kernels") for p in (root / folder).rglob("*"))
+    return [p.relative_to(root) for p in found if p.is_file() and "__pycache__" not in p.parts]
 
 
 def write(out: Path, measured: Path | None = None) -> tuple[Path, Path]:
     """Write both zips into `out` and return their paths. Raises `InputError` without the repository around the package."""
-    lacking = [f for f in FILES if not (ROOT / f).is_file()]
-    if lacking:
-        raise InputError(f"{ROOT}: {', '.join(lacking)} not found; a workshop is packed from the repository, not from an installed package")
-    table = timings(measured)
+    root, table = checkout(), timings(measured)
     out.mkdir(parents=True, exist_ok=True)
     paths = out / f"{NAME}-participants.zip", out / f"{NAME}-teacher.zip"
     for path, teacher in zip(paths, (False, True)):
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for file in (*map(Path, FILES), *sources()):
-                archive.write(ROOT / file, f"{NAME}/{file}")
-            for book in sorted(FOLDER.glob("*.ipynb")):
+            for file in (*map(Path, FILES), *sources(root)):
+                archive.write(root / file, f"{NAME}/{file}")
+            for book in sorted((root / "notebooks").glob("*.ipynb")):
                 archive.writestr(f"{NAME}/notebooks/{book.name}", nbformat.writes(without_outputs(nbformat.read(book, 4))))
                 if teacher:
                     archive.writestr(f"{NAME}/solved/{book.name}", nbformat.writes(without_outputs(solved(nbformat.read(book, 4)))))
             if teacher:
-                archive.write(FOLDER / GUIDE, f"{NAME}/{GUIDE}")
+                archive.write(root / "notebooks" / GUIDE, f"{NAME}/{GUIDE}")
                 if table:
                     archive.writestr(f"{NAME}/timings.md", table)
     return paths
 
 
+def main(arguments: Sequence[str]) -> int:
+    """Write the zips into the first argument's folder, with the timings of the second; what is wrong is told in one line."""
+    try:
+        paths = write(Path(arguments[0] if arguments else "dist"), Path(arguments[1]) if len(arguments) > 1 else None)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for path in paths:
+        print(f"{path}, {path.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
 if __name__ == "__main__":
-    for written in write(Path(sys.argv[1] if len(sys.argv) > 1 else "dist"), Path(sys.argv[2]) if len(sys.argv) > 2 else None):
-        print(f"{written}, {written.stat().st_size / 1e6:.1f} MB")
+    sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,7 @@
 """Real classes with a few thousand random weights, written to disk as checkpoints are: for tests, notebooks and dry runs without a network.
 
-What is small here is width and depth alone; class, packing, positions, conventions and file layout are the real ones.
+What is small here is width and depth alone; class, packing, positions, conventions and file layout are the real ones. A backbone family says
+in its own file what its tiny model is.
 """
 
 from __future__ import annotations
@@ -8,20 +9,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderDC,
-    AutoencoderKL,
-    AutoencoderKLFlux2,
-    AutoencoderKLQwenImage,
-    Flux2Transformer2DModel,
-    FluxTransformer2DModel,
-    ModelMixin,
-    QwenImageTransformer2DModel,
-    SanaTransformer2DModel,
-    SD3Transformer2DModel,
-    ZImageTransformer2DModel,
-)
+from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -41,84 +31,20 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
-from vlmedit.networks.prompts import TextBank
+from vlmedit.networks.backbones import families, family_of
+from vlmedit.networks.backbones._base import Tiny
+from vlmedit.networks.codec import AutoencoderCodec
+from vlmedit.networks.load import backbone_of, load_transformer, widen
+from vlmedit.networks.prompts import PromptEmbeddings
+from vlmedit.protocols import Backbone
 
 WIDTH = 16  # of the prompts' states
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
-def kl() -> AutoencoderKL:
-    """FLUX.1's and Z-Image's kind, 4 pixels per latent instead of 8."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(8, 8, 16),
-        latent_channels=4, norm_num_groups=4, scaling_factor=0.3611, shift_factor=0.1159,
-    )  # fmt: skip
-
-
-def dc() -> AutoencoderDC:
-    return AutoencoderDC(
-        latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock", "EfficientViTBlock"), decoder_block_types=("ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
-        encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), downsample_block_type="conv", upsample_block_type="interpolate",
-        decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.41407,
-    )  # fmt: skip
-
-
-def flux2_kl() -> AutoencoderKLFlux2:
-    return AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8),
-        latent_channels=4, norm_num_groups=4, layers_per_block=1,
-    )  # fmt: skip
-
-
-def qwen_kl() -> AutoencoderKLQwenImage:
-    return AutoencoderKLQwenImage(base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.7, 2.0, 1.0])
-
-
-def flux() -> FluxTransformer2DModel:
-    return FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=WIDTH,
-        pooled_projection_dim=WIDTH, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
-    )  # fmt: skip
-
-
-def flux2() -> Flux2Transformer2DModel:
-    return Flux2Transformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=WIDTH,
-        timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
-    )  # fmt: skip
-
-
-def qwen_image() -> QwenImageTransformer2DModel:
-    return QwenImageTransformer2DModel(
-        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=WIDTH,
-        axes_dims_rope=(8, 4, 4), zero_cond_t=True,
-    )  # fmt: skip
-
-
-def z_image() -> ZImageTransformer2DModel:
-    return ZImageTransformer2DModel(
-        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32]
-    )
-
-
-def sd3() -> SD3Transformer2DModel:
-    return SD3Transformer2DModel(
-        sample_size=16, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=WIDTH,
-        caption_projection_dim=32, pooled_projection_dim=WIDTH, pos_embed_max_size=16, qk_norm="rms_norm",
-    )  # fmt: skip
-
-
-def sana() -> SanaTransformer2DModel:
-    return SanaTransformer2DModel(
-        in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, num_cross_attention_heads=2,
-        cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=WIDTH, sample_size=16,
-    )  # fmt: skip
-
-
-# backbone, autoencoder
-BACKBONES = {
-    "z-image": (z_image, kl), "flux": (flux, kl), "qwen-image": (qwen_image, qwen_kl), "sd3": (sd3, kl), "flux2": (flux2, flux2_kl), "sana": (sana, dc),
-}  # fmt: skip
+# backbones
 
 
 @torch.no_grad()
@@ -130,22 +56,58 @@ def awaken(model: nn.Module) -> nn.Module:
     return model
 
 
-def save_backbone(name: str, folder: str | Path, seed: int = 0) -> Path:
-    """Write `folder/transformer` and `folder/vae` of a tiny backbone. Raises KeyError for an unknown one."""
-    if name not in BACKBONES:
-        raise KeyError(f"no tiny backbone {name!r}; known: {', '.join(BACKBONES)}")
+def backbones() -> dict[str, Tiny]:
+    """The families that have a tiny model, by name."""
+    return {name: family.tiny for name, family in families().items() if family.tiny}
+
+
+def save_backbone(name: str, folder: str | Path, seed: int = 0, width: int = WIDTH) -> Path:
+    """Write `folder/transformer`, for prompts of that width, and `folder/vae` of a tiny backbone. Raises KeyError for an unknown one."""
+    if name not in (known := backbones()):
+        raise KeyError(f"no tiny backbone {name!r}; known: {', '.join(known)}")
     torch.manual_seed(seed)
-    transformer, autoencoder = BACKBONES[name]
-    awaken(transformer()).save_pretrained(Path(folder) / "transformer")
-    autoencoder().save_pretrained(Path(folder) / "vae")
+    awaken(known[name].transformer(width)).save_pretrained(Path(folder) / "transformer")
+    known[name].autoencoder().save_pretrained(Path(folder) / "vae")
     return Path(folder)
 
 
-def random_bank(prompts: int, pooled: bool = True, lengths: tuple[int, ...] = (7,), seed: int = 0) -> TextBank:
+def save_pipeline(name: str, folder: str | Path) -> Path:
+    """Write a whole tiny pipeline, of the family's own class, with text encoders and tokenizers."""
+    tiny = backbones()[name]
+    save_backbone(name, folder, width=tiny.width)
+    parts = dict(transformer=load_transformer(folder, "transformer"), vae=AutoModel.from_pretrained(str(folder), subfolder="vae"))
+    torch.manual_seed(1)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=tiny.shift)
+    getattr(diffusers, tiny.pipeline)(scheduler=scheduler, **parts, **tiny.words(speaking)).save_pretrained(folder)
+    return Path(folder)
+
+
+def speaking(chat: bool = False, length: int | None = None) -> PreTrainedTokenizerFast:
+    """A text encoder's tokenizer: of an assistant, if it is to `chat`; with a context of `length` tokens."""
+    found = tokenizer()
+    if chat:
+        found.chat_template = TEMPLATE
+    if length:
+        found.model_max_length = length
+    return found
+
+
+def random_prompts(count: int, pooled: bool = True, lengths: tuple[int, ...] = (7,), seed: int = 0, width: int = WIDTH) -> PromptEmbeddings:
     """Prompts of random states, in place of a text encoder's."""
     g = torch.Generator().manual_seed(seed)
-    states = [torch.randn(lengths[i % len(lengths)], WIDTH, generator=g) for i in range(prompts)]
-    return TextBank(states, [torch.randn(WIDTH, generator=g) for _ in states] if pooled else None)
+    states = [torch.randn(lengths[i % len(lengths)], width, generator=g) for i in range(count)]
+    return PromptEmbeddings(states, [torch.randn(width, generator=g) for _ in states] if pooled else None)
+
+
+def load_backbone(folder: str | Path, prompts: int = 16, checkpointing: bool = False) -> tuple[Backbone, AutoencoderCodec]:
+    """A saved tiny backbone and its codec, loaded as a large one is, widened for the reference where the family is."""
+    transformer = load_transformer(folder, "transformer")
+    family = family_of(type(transformer).__name__)
+    adapter, config = family.adapter, transformer.config
+    lengths = (7, 5, 9) if adapter.masked else (7,)
+    texts = random_prompts(prompts, adapter.pooled_width(config) is not None, lengths, width=adapter.text_width(config))
+    transformer = widen(transformer) if family.widened else transformer
+    return backbone_of(transformer, texts, checkpointing), AutoencoderCodec.from_pretrained(Path(folder) / "vae")
 
 
 # judges
@@ -303,16 +265,3 @@ def save_encoder(name: str, folder: str | Path, seed: int = 0) -> Path:
         settings |= dict(image_processor_type="ViTImageProcessor", size={"height": 32, "width": 32}, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
     (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings, indent=2))
     return Path(folder)
-
-
-def load_backbone(folder: str | Path, prompts: int = 16, checkpointing: bool = False):
-    """A saved tiny backbone and its codec, loaded as a large one is; SD3 and Sana are widened for the reference."""
-    from vlmedit.networks.backbones import Channels, backbone_of, family_of, load_transformer, widen
-    from vlmedit.networks.codec import AutoencoderCodec
-
-    transformer: ModelMixin = load_transformer(folder, "transformer")
-    family = family_of(type(transformer).__name__)
-    if issubclass(family, Channels):
-        transformer = widen(transformer)
-    bank = random_bank(prompts, family.pooled, (7, 5, 9) if family.masked else (7,))
-    return backbone_of(transformer, bank, checkpointing), AutoencoderCodec.from_pretrained(Path(folder) / "vae")

@@ -12,158 +12,30 @@ drawn scenes in several aspect ratios with requests in plain words. `vlmedit tra
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 from vlmedit.data.world import EDIT_SHARES, FULFILLABLE_TYPES, as_fulfilled, from_example, references, sample_example
 from vlmedit.errors import InputError
 from vlmedit.io import to_image
 from vlmedit.pipelines.shapes import assemble, checkpoint
 from vlmedit.seeds import rng_for
+from vlmedit.testing import PREFIX
 from vlmedit.testing import random_models as tiny
 from vlmedit.world.render import render
 
-PREFIX = "tiny:"
 KINDS = {"recolor": "color", "texture": "material", "move": "action", "nothing": "other"}  # edits of drawn scenes under real data's names
 ROWS, SQUARES = 12, 2000
 SETTLED = 0.2  # of the squares: requests that are fulfilled already [NPEditConfig.settled]
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def save_z_image(folder: Path) -> Path:
-    """`ZImagePipeline` with a Qwen3 of two layers."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-    from transformers import Qwen3Config, Qwen3Model
-
-    tiny.save_backbone("z-image", folder)
-    config = Qwen3Config(
-        hidden_size=tiny.WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8, vocab_size=400, max_position_embeddings=1024
-    )
-    torch.manual_seed(1)
-    ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0), vae=AutoencoderKL.from_pretrained(folder / "vae"), text_encoder=Qwen3Model(config),
-        tokenizer=_chatting(), transformer=ZImageTransformer2DModel.from_pretrained(folder / "transformer"),
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
-
-
-def save_flux_kontext(folder: Path) -> Path:
-    """`FluxKontextPipeline` with a CLIP and a T5 of a layer or two."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
-    tiny.save_backbone("flux", folder)
-    tokenizer = tiny.tokenizer()
-    tokenizer.model_max_length = 77
-    torch.manual_seed(1)
-    clip = CLIPTextConfig(
-        hidden_size=tiny.WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=400, projection_dim=tiny.WIDTH,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    t5 = T5Config(d_model=tiny.WIDTH, d_ff=32, d_kv=8, num_layers=1, num_heads=2, vocab_size=400)
-    FluxKontextPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=AutoencoderKL.from_pretrained(folder / "vae"), text_encoder=CLIPTextModel(clip),
-        tokenizer=tokenizer, text_encoder_2=T5EncoderModel(t5), tokenizer_2=tiny.tokenizer(), transformer=FluxTransformer2DModel.from_pretrained(folder / "transformer"),
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
-
-
-def save_flux2_klein(folder: Path) -> Path:
-    """`Flux2KleinPipeline`; its prompts are three of a Qwen3's layers side by side, the deepest the 27th, so there are as many."""
-    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    tiny.save_backbone("flux2", folder)
-    torch.manual_seed(1)
-    config = Qwen3Config(
-        hidden_size=tiny.WIDTH, intermediate_size=16, num_hidden_layers=28, num_attention_heads=2, num_key_value_heads=2, head_dim=8, vocab_size=400, max_position_embeddings=1024
-    )
-    transformer = tiny.awaken(Flux2Transformer2DModel.from_config({**tiny.flux2().config, "joint_attention_dim": 3 * tiny.WIDTH}))
-    Flux2KleinPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=AutoencoderKLFlux2.from_pretrained(folder / "vae"), text_encoder=Qwen3ForCausalLM(config),
-        tokenizer=_chatting(), transformer=transformer, is_distilled=True,
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
-
-
-def save_qwen_image_edit(folder: Path) -> Path:
-    """`QwenImageEditPipeline` with a Qwen2.5-VL of two layers; the processor that shows it pictures is left out, because words alone are encoded."""
-    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageEditPipeline, QwenImageTransformer2DModel
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    tiny.save_backbone("qwen-image", folder)
-    torch.manual_seed(1)
-    config = tiny.qwen2_5_vl()[0].config
-    config.text_config.update({"hidden_size": tiny.WIDTH, "head_dim": 4})
-    config.vision_config.out_hidden_size = tiny.WIDTH
-    config.text_config.rope_parameters["mrope_section"] = [1, 1, 0]
-    QwenImageEditPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=AutoencoderKLQwenImage.from_pretrained(folder / "vae"), processor=None,
-        text_encoder=Qwen2_5_VLForConditionalGeneration(config), tokenizer=_chatting(), transformer=QwenImageTransformer2DModel.from_pretrained(folder / "transformer"),
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
-
-
-def save_sd3(folder: Path) -> Path:
-    """`StableDiffusion3Pipeline` with two CLIPs and a T5 of one layer."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
-    tiny.save_backbone("sd3", folder)
-    tokenizer = tiny.tokenizer()
-    tokenizer.model_max_length = 77
-    torch.manual_seed(1)
-    half = tiny.WIDTH // 2
-    clip = CLIPTextConfig(
-        hidden_size=half, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=400, projection_dim=half, bos_token_id=1, eos_token_id=2, pad_token_id=0
-    )
-    t5 = T5Config(d_model=tiny.WIDTH, d_ff=32, d_kv=8, num_layers=1, num_heads=2, vocab_size=400)
-    StableDiffusion3Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=AutoencoderKL.from_pretrained(folder / "vae"), text_encoder=CLIPTextModelWithProjection(clip),
-        tokenizer=tokenizer, text_encoder_2=CLIPTextModelWithProjection(clip), tokenizer_2=tokenizer, text_encoder_3=T5EncoderModel(t5), tokenizer_3=tiny.tokenizer(),
-        transformer=SD3Transformer2DModel.from_pretrained(folder / "transformer"),
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
-
-
-def save_sana(folder: Path) -> Path:
-    """`SanaPipeline` with a Gemma 2 of one layer."""
-    from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
-    from transformers import Gemma2Config, Gemma2Model
-
-    tiny.save_backbone("sana", folder)
-    torch.manual_seed(1)
-    config = Gemma2Config(
-        hidden_size=tiny.WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8, vocab_size=400
-    )
-    SanaPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=AutoencoderDC.from_pretrained(folder / "vae"), text_encoder=Gemma2Model(config), tokenizer=tiny.tokenizer(),
-        transformer=SanaTransformer2DModel.from_pretrained(folder / "transformer"),
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
-
-
-def _chatting():
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 def save_shapes(folder: Path) -> Path:
     """The suite's own pipeline: its trained teacher and its tokenizer."""
     assemble(checkpoint("shapes", "teacher"), None).save_pretrained(folder)
     return folder
-
-
-PIPELINES = {
-    "z-image": save_z_image, "flux": save_flux_kontext, "flux2": save_flux2_klein, "qwen-image": save_qwen_image_edit, "sd3": save_sd3, "sana": save_sana,
-    "shapes": save_shapes,
-}  # fmt: skip
 
 
 def save_data(folder: Path, rows: int = ROWS, seed: int = 0) -> Path:
@@ -199,30 +71,30 @@ DATA = {"shapes": save_data, "squares": save_squares}
 OWN = {"judge": "judge", "start": "warm"}  # shipped checkpoints that are complete as they are
 
 
-def made(place: str, folder: Path, what: str) -> str:
-    """The place itself; of "tiny:NAME" a folder below `folder`, made unless it is there. `what`: backbone, judge, data or start.
-    Raises `InputError` for a name that is not known."""
-    if not place.startswith(PREFIX):
-        return place
-    name = place.removeprefix(PREFIX)
-    known = {"backbone": (*PIPELINES, *tiny.BACKBONES), "judge": (*tiny.JUDGES, "shapes"), "data": tuple(DATA), "start": ("shapes",)}[what]
-    if name not in known:
-        raise InputError(f"{what} is {place!r}; tiny ones: {', '.join(dict.fromkeys(known))}")
+def savers(what: str) -> dict[str, Callable[[Path], object]]:
+    """What can be made for a setting, by name: each writes into an empty folder."""
+    if what == "data":
+        return DATA
+    if what == "start":
+        return {}
+    names, save = (tiny.backbones(), tiny.save_pipeline) if what == "backbone" else (tiny.JUDGES, tiny.save_judge)
+    made = {name: functools.partial(save, name) for name in names}
+    return made | ({"shapes": save_shapes} if what == "backbone" else {})
+
+
+def make(name: str, folder: Path, what: str) -> str:
+    """A tiny model or data of that name, made below `folder` unless it is there. Raises `InputError` for a name that is not known."""
+    known = savers(what)
     if what in OWN and name == "shapes":
         return str(checkpoint("shapes", OWN[what]))
+    if name not in known:
+        names = dict.fromkeys((*known, *(["shapes"] if what in OWN else [])))
+        raise InputError(f"{what} is {PREFIX + name!r}; tiny ones: {', '.join(names)}")
     target = Path(folder) / what / name
-    result = target / "train.jsonl" if what == "data" else target
     if not target.is_dir():
         partial = target.with_name(f".{name}.part")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        if what == "data":
-            DATA[name](partial)
-        elif what == "judge":
-            tiny.save_judge(name, partial)
-        elif name in PIPELINES:
-            PIPELINES[name](partial)
-        else:
-            tiny.save_backbone(name, partial)
+        known[name](partial)
         partial.rename(target)
-    return str(result)
+    return str(target / "train.jsonl" if what == "data" else target)

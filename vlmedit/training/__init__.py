@@ -1,0 +1,5 @@
+"""The training loop and what it needs: processes, optimizers, checkpoints, logs."""
+
+from vlmedit.extras import need
+
+need("accelerate")

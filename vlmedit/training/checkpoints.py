@@ -93,7 +93,7 @@ class Checkpoints:
         """Raise ConfigError when the newest checkpoint belongs to another configuration, or to a version that named settings otherwise."""
         if (state := self.found()) is None:
             return
-        if former := sorted(state["config"].keys() & RENAMED.keys() - self.config.known(self.config.data.place).keys()):
+        if former := sorted(state["config"].keys() & RENAMED.keys() - self.config.flat().keys()):
             names = ", ".join(f"{name} is {RENAMED[name]} now" for name in former)
             raise ConfigError(f"{self.folder} is of an unfinished run of an earlier version ({names}); begin it anew in another out folder, or delete it")
         wrong = self.config.differences(state["config"])

@@ -1,11 +1,33 @@
-"""Modules, averages and optimizers that may be sharded, as checkpoints take them: whole. A state is gathered weight by weight into the main
-process's memory, and given back to every process's shard."""
+"""What processes share, as if it were whole: checkpoints that do not depend on how many processes wrote them.
+
+`Gathered` shows a sharded module, average or optimizer as if it were whole: its state is gathered weight by weight into the main process's
+memory, and given back to every process's shard.
+"""
 
 from __future__ import annotations
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from vlmedit.errors import ConfigError
+
+
+def wanted(config, accelerator: Accelerator) -> bool:
+    """Whether this run shards. Raises ConfigError for FSDP1 and for settings that cannot be sharded."""
+    told = accelerator.distributed_type == DistributedType.FSDP
+    if told and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+        raise ConfigError("accelerate is configured for FSDP1; set fsdp_version: 2 in its config file, or use one of vlmedit/configs/accelerate")
+    on = config.sharding == "fsdp2" or (config.sharding == "auto" and told)
+    if on and accelerator.num_processes == 1:
+        return False  # nothing to share
+    if on and config.offload:
+        raise ConfigError(f"offload is {', '.join(config.offload)} and weights are sharded; use accelerate's fsdp_offload_params instead")
+    if on and config.optimizer != "adamw":
+        raise ConfigError(f"optimizer is {config.optimizer!r} and weights are sharded; Muon takes whole matrices and bitsandbytes' states cannot be sharded, use adamw")
+    return on
 
 
 def whole(x: Tensor, keep: bool = True) -> Tensor | None:
@@ -44,8 +66,15 @@ class Gathered:
     def state_dict(self):
         if isinstance(self.thing, nn.Module):
             return {k: whole(v, self.keep) for k, v in self.thing.state_dict().items()}
-        walk = lambda x: {k: walk(v) for k, v in x.items()} if isinstance(x, dict) else [walk(v) for v in x] if isinstance(x, list | tuple) else whole(x, self.keep) if isinstance(x, Tensor) else x
-        return walk(self.thing.state_dict())
+        return self.gathered(self.thing.state_dict())
+
+    def gathered(self, x):
+        """Dictionaries, lists and tensors, every tensor whole."""
+        if isinstance(x, dict):
+            return {k: self.gathered(v) for k, v in x.items()}
+        if isinstance(x, list | tuple):
+            return [self.gathered(v) for v in x]
+        return whole(x, self.keep) if isinstance(x, Tensor) else x
 
     def load_state_dict(self, state) -> None:
         if isinstance(self.thing, nn.Module):

@@ -15,7 +15,6 @@ from vlmedit.io import check_space, check_writable
 from vlmedit.methods import find as find_method
 from vlmedit.pipelines.shapes import checkpoint
 
-RESULTS = Path("papers/results/studies")
 RUNS = Path("runs/studies")
 UPDATES = {"smoke": 2, "laptop": 600, "gpu": 3000}  # of the student, unless said
 REQUESTS = {"smoke": 8, "laptop": 512, "gpu": 2048}  # held-out edits
@@ -95,9 +94,15 @@ def plan(
     return made
 
 
+def results_folder() -> Path:
+    """Where studies keep their results: with the papers in a checkout, anywhere else with their trainings."""
+    papers = Path("papers/results")
+    return papers / "studies" if papers.is_dir() else RUNS
+
+
 def folder_of(name: str, tier: str = "laptop", equal: str = "updates") -> Path:
-    """Where a study's results go by default: beside the papers, but for tier smoke, whose figures mean nothing."""
-    return (RESULTS if tier != "smoke" else RUNS.parent / "smoke") / (name if equal == "updates" else f"{name}-equal-{equal}")
+    """Where a study's results go by default: with the others, but for tier smoke, whose figures mean nothing."""
+    return (results_folder() if tier != "smoke" else RUNS.parent / "smoke") / (name if equal == "updates" else f"{name}-equal-{equal}")
 
 
 def side_of(folder: str) -> int | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vlmedit.errors import InputError
 from vlmedit.experiments.study.arms import STUDIES, find
-from vlmedit.experiments.study.plans import EQUAL, RESULTS
+from vlmedit.experiments.study.plans import EQUAL, results_folder
 from vlmedit.experiments.study.records import cells
 from vlmedit.experiments.study.trainings import Plan
 from vlmedit.io import save_json
@@ -128,7 +128,7 @@ def draw(result: Mapping, path: Path) -> Path:
 def read(name: str, folder: str | os.PathLike | None = None) -> dict:
     """A study's table.json. Raises `InputError` where it has not been run."""
     find(name)
-    path = Path(folder or RESULTS / name) / "table.json"
+    path = Path(folder or results_folder() / name) / "table.json"
     if not path.is_file():
         raise InputError(f"{path}: study {name!r} has not been run; run it: vlmedit study {name}")
     return json.loads(path.read_text())

@@ -39,13 +39,20 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
-from vlmedit.data.requests import Book
 from vlmedit.equations.judge_loss import clamp_through
-from vlmedit.networks.hub import reachable
+from vlmedit.networks.checks import reachable
 from vlmedit.networks.judge import JudgeModel
+from vlmedit.networks.prompts import PromptTable
 from vlmedit.networks.sharding import is_sharded
 from vlmedit.world.tokenizer import NO, YES, encode
 
@@ -149,10 +156,10 @@ class Judge(nn.Module):
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     answers = ("Yes", "No")  # as the family's checkpoints write them after the prompt
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict, book: Book | None = None, answers=None, checkpointing: bool = False):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict, book: PromptTable | None = None, answers=None, checkpointing: bool = False):
         super().__init__()
         answers = answers or self.answers
-        self.tokenizer, self.settings, self.book, self.checkpointing = tokenizer, settings, book or Book(), checkpointing
+        self.tokenizer, self.settings, self.book, self.checkpointing = tokenizer, settings, book or PromptTable(), checkpointing
         self.config = model.config
         self.config.yes_token_id, self.config.no_token_id = (answer_token(tokenizer, word) for word in answers)
         if self.config.yes_token_id == self.config.no_token_id:
@@ -527,7 +534,7 @@ class Ensemble(nn.Module):
     def __init__(self, judges: Sequence[Judge]):
         super().__init__()
         if not judges or any(j.book is not judges[0].book for j in judges):
-            raise ValueError(f"an ensemble of {len(judges)} judges needs at least one, and one book for all: pass the same Book to each load_judge")
+            raise ValueError(f"an ensemble of {len(judges)} judges needs at least one, and one book for all: pass the same PromptTable to each load_judge")
         self.judges = nn.ModuleList(judges)
 
     def logit_margin(self, images: Sequence[Sequence[Tensor]], question: Question) -> Tensor:
@@ -572,7 +579,7 @@ def preprocessor_settings(folder: str | os.PathLike) -> dict:
     raise FileNotFoundError(f"{folder} has no preprocessor_config.json with image settings; copy it from the checkpoint")
 
 
-def load_judge(folder: str | os.PathLike, book: Book | None = None, answers: tuple[str, str] | None = None, checkpointing: bool = False, **kwargs) -> Judge:
+def load_judge(folder: str | os.PathLike, book: PromptTable | None = None, answers: tuple[str, str] | None = None, checkpointing: bool = False, **kwargs) -> Judge:
     """The judge of a saved vision-language model; everything small is read and checked before any weight is. `folder` may be an id of
     the Hub. Code that comes with a checkpoint is not run. `answers` are by default the family's own words for yes and no. Raises
     ValueError for a class without an adapter, answers that are no single tokens, or a context too short for two pictures,

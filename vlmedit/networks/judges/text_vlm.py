@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from vlmedit.networks.hub import reachable
+from vlmedit.networks.checks import reachable
 from vlmedit.networks.judges import FAMILIES, load_judge
 
 

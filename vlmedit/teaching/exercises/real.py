@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmedit.cost.counting import Sizes, standing
-from vlmedit.networks.backbones import pack
+from vlmedit.networks.backbones._base import pack
 from vlmedit.networks.judges import two_row_margin
 from vlmedit.teaching.checking import Exercise
 
