@@ -18,7 +18,7 @@ from helpers.foreign import draw_all
 from PIL import Image, ImageDraw
 
 import vlmedit
-from vlmedit import doctor
+from vlmedit import doctor, methods
 from vlmedit.cli import main
 from vlmedit.cli._settings import convert
 from vlmedit.cli._shared import Tier
@@ -371,13 +371,11 @@ def test_eval_tells_all_problems(tmp_path, capsys):
 
 @pytest.fixture
 def stages(monkeypatch):
-    """The stage registry with the teacher alone; returns it, to be added to."""
-    import types
-
-    module = types.ModuleType("vlmedit.methods.stages")
-    module.STAGES = {"teacher": (TeacherConfig, train_teacher)}
-    monkeypatch.setitem(sys.modules, "vlmedit.methods.stages", module)
-    return module.STAGES
+    """The methods that are found, the teacher alone; returns them, to be added to."""
+    known = {"teacher": (TeacherConfig, train_teacher)}
+    monkeypatch.setattr(methods, "names", lambda: sorted(known))
+    monkeypatch.setattr(methods, "find", known.__getitem__)
+    return known
 
 
 def test_train_a_stage(tmp_path, stages):
@@ -531,10 +529,8 @@ def test_doctor_tells_which_extras_are_there(monkeypatch):
 def test_doctor_measures_durations_of_every_stage(monkeypatch):
     """Each registered stage makes real updates from random models."""
     monkeypatch.setattr(doctor, "PATIENCE", float("inf"))
-    from vlmedit.methods.stages import STAGES
-
     (check,) = doctor.durations(("smoke",))
-    assert check.ok and set(check.values["minutes"]) == set(STAGES) and all(m >= 0 for m in check.values["minutes"].values())
+    assert check.ok and set(check.values["minutes"]) == set(methods.names()) and all(m >= 0 for m in check.values["minutes"].values())
 
 
 def test_doctor_tells_a_stage_that_fails(stages):
