@@ -20,7 +20,7 @@ class Data(Protocol):
     """What a method is trained on: the world of shapes, or a manifest."""
 
     def gives(self, kind: type) -> bool:
-        """Whether batches of this kind can be had; asked before the run."""
+        """Whether batches of this kind can be had; asked before one is drawn."""
 
     def batches(self, kind: type, key: tuple, size: int, total: int, mine: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """An update's batches of `size` samples, numbered over all processes up to `total`; of these the ones in `mine`, each drawn when it is

@@ -1,452 +1,188 @@
-"""The trainer: resumed equals straight, killed anywhere leaves a whole checkpoint, guards guard, two processes equal one."""
+"""The one trainer carries out the phases that a method names: draws, random streams, steps, averages, records; and refuses what cannot be."""
 
 import dataclasses
 import json
-import math
-import os
-import resource
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.killed_at_random import configuration as tiny_npedit
+from helpers.killed_at_random import equal
 from safetensors.torch import load_file
 from torch import nn
 
-from vlmedit import config as stated
-from vlmedit.config import TIERS, TrainConfig
-from vlmedit.data.batches import TEXT_LENGTH, CaptionedBatch, PairedBatch
-from vlmedit.data.world import WorldData, captioned_batch
+from vlmedit.config import TrainConfig
+from vlmedit.data.batches import Batch
+from vlmedit.data.world import WorldData
 from vlmedit.errors import ConfigError
-from vlmedit.flow import interpolate, logit_normal_time, velocity_target
-from vlmedit.methods import find, names
-from vlmedit.methods._base import Base, drop_text
-from vlmedit.methods.judge import JudgeConfig, train_judge
-from vlmedit.methods.teacher import TeacherConfig, train_teacher
-from vlmedit.networks.dit import DiT
-from vlmedit.networks.judge import ground_loss
+from vlmedit.methods import find
+from vlmedit.methods._base import Base
+from vlmedit.methods.npedit import train_npedit
 from vlmedit.protocols import Phase, Trained
 from vlmedit.seeds import seed_torch
-from vlmedit.training import checkpoints as saving
-from vlmedit.training.checkpoints import Checkpoints
 from vlmedit.training.optimizer import EMA, Optimizer
-from vlmedit.training.run import Run, make_accelerator
-from vlmedit.training.trainer import train as train_method
-from vlmedit.world.scene import GROUND_CLASSES
-from vlmedit.world.tokenizer import build_tokenizer
-
-ROOT = Path(__file__).parents[2]
-ALL_STAGES = {name: find(name) for name in names()}
-STAGES = {"teacher": (TeacherConfig, train_teacher, dict(side=16)), "judge": (JudgeConfig, train_judge, dict(side=32))}
-
-
-def smoke(stage: str, out, **overrides):
-    """A smoke configuration of six updates, and its trainer."""
-    config, train, size = STAGES[stage]
-    return config.make("smoke", **{"out": str(out), "steps": 6, "batch": 3, "precision": "no", **size, **overrides}), train
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Everything a finished run leaves: trained, averaged and saved weights."""
-    out = {}
-    for file in sorted([*folder.glob("checkpoint/*.safetensors"), *folder.glob("model/*.safetensors")]):
-        out |= {f"{file.parent.name}/{file.name}/{k}": v for k, v in load_file(file).items()}
-    return out
-
-
-def equal(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-# --- resume
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_resumed_run_equals_a_straight_one(stage, tmp_path):
-    """Six updates in one go, and four, an early stop, then the rest: weights, averages and the saved model are equal bit for
-    bit, and so are the losses of the updates made after resuming. An update is saved before it is handed out."""
-    config, train = smoke(stage, tmp_path / "straight")
-    straight = [s.metrics["loss"] for s in train(config)]
-    config, train = smoke(stage, tmp_path / "resumed")
-    first = train(config)
-    early = [next(first).metrics["loss"] for _ in range(4)]
-    first.close()
-    torch.manual_seed(12345)
-    late = [(s.index, s.metrics["loss"]) for s in train(config)]
-    assert [i for i, _ in late] == [5, 6]
-    assert early + [v for _, v in late] == straight
-    assert equal(weights(tmp_path / "straight"), weights(tmp_path / "resumed"))
-    assert len(weights(tmp_path / "straight")) > 100
-
-
-def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
-    """SIGKILL in the middle of the fourth update of another process, then resumed here: equal bit for bit to the straight run."""
-    config, train = smoke("teacher", tmp_path / "straight")
-    list(train(config))
-    config, train = smoke("teacher", tmp_path / "killed")
-    code = f"""
-import os, signal, torch
-torch.set_num_threads(1)
-from vlmedit.methods.teacher import TeacherConfig
-from vlmedit.training.optimizer import Optimizer
-from vlmedit.methods.teacher import train_teacher
-step = Optimizer.step
-def stop(self, index, accelerator):
-    if index == 3: os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, index, accelerator)
-Optimizer.step = stop
-list(train_teacher(TeacherConfig.make('laptop', **{config.flat()!r})))
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert json.loads((tmp_path / "killed/checkpoint/state.json").read_text())["step"] == 3
-    assert not (tmp_path / "killed/model").exists()
-    assert [s.index for s in train(config)] == [4, 5, 6]
-    assert equal(weights(tmp_path / "straight"), weights(tmp_path / "killed"))
-
-
-def test_save_every_changes_nothing(tmp_path):
-    """Saving often or at the end alone gives the same weights, and a finished run started again makes no update."""
-    for name, every in (("often", 1), ("once", 100)):
-        config, train = smoke("teacher", tmp_path / name, save_every=every)
-        list(train(config))
-    before = weights(tmp_path / "once")
-    assert equal(weights(tmp_path / "often"), before)
-    assert list(train(config)) == [] and equal(weights(tmp_path / "once"), before)
-
-
-def test_updates_depend_on_the_seed(tmp_path):
-    """Another seed gives other weights: the equalities above are not those of a constant."""
-    for seed in (0, 1):
-        config, train = smoke("teacher", tmp_path / str(seed), seed=seed, steps=2)
-        list(train(config))
-    assert not equal(weights(tmp_path / "0"), weights(tmp_path / "1"))
-
-
-# --- checkpoints
-
-
-class Killed(BaseException):
-    """The process ends here."""
-
-
-def small(tmp_path, **overrides) -> tuple[Checkpoints, nn.Module]:
-    """Checkpoints of one small layer with optimizer and average."""
-    config = TrainConfig.make("smoke", out=str(tmp_path), precision="no", **overrides)
-    torch.manual_seed(0)
-    model = nn.Linear(20, 20)
-    checkpoints = Checkpoints(config, make_accelerator(config))
-    checkpoints.register("model", model, Optimizer(model, config), EMA(model, 0.9))
-    return checkpoints, model
-
-
-def fill(model: nn.Module, value: float) -> None:
-    with torch.no_grad():
-        for p in model.parameters():
-            p.fill_(value)
-
-
-OPERATIONS = ((saving, "save_file"), (torch, "save"), (os, "replace"), (os, "fsync"), (saving.shutil, "rmtree"), (Path, "mkdir"), (Path, "write_text"))
-
-
-@pytest.mark.parametrize("after", (False, True))
-def test_killed_at_any_instant_of_a_save(tmp_path, monkeypatch, after):
-    """The second save is killed before (or right after) each of its file operations in turn: what is found then is the whole
-    first or the whole second checkpoint, never a mixture, and it is the second once the last rename was made."""
-    found = []
-    for instant in range(100):
-        folder = tmp_path / str(instant)
-        checkpoints, model = small(folder)
-        fill(model, 1.0)
-        checkpoints.averages["model"].load(model.state_dict())
-        checkpoints.save(1)
-        fill(model, 2.0)
-        checkpoints.averages["model"].load(model.state_dict())
-        count, killed = 0, False
-        with monkeypatch.context() as patch:
-            for home, name in OPERATIONS:
-
-                def counted(*args, _do=getattr(home, name), **kwargs):
-                    nonlocal count
-                    count += 1
-                    if count == instant + 1 and not after:
-                        raise Killed
-                    result = _do(*args, **kwargs)
-                    if count == instant + 1:
-                        raise Killed
-                    return result
-
-                patch.setattr(home, name, counted)
-            try:
-                checkpoints.save(2)
-            except Killed:
-                killed = True
-        again, model = small(folder)
-        step = again.resume()
-        assert step in (1, 2)
-        assert all((v == step).all() for v in model.state_dict().values())
-        assert all((v == step).all() for v in again.averages["model"].shadow.values())
-        again.save(3)  # whatever lies around, the next save works
-        assert small(folder)[0].resume() == 3
-        found.append(step)
-        if not killed:
-            break
-    assert len(found) > 8 and found[0] == 1 and found[-1] == 2 and found == sorted(found)
-
-
-def test_no_checkpoint_means_step_zero(tmp_path):
-    """A fresh folder, or one where the very first save was cut short, starts from 0."""
-    checkpoints, _ = small(tmp_path)
-    assert checkpoints.resume() == 0
-    (tmp_path / "checkpoint.partial").mkdir()
-    assert checkpoints.resume() == 0
-
-
-@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no file size limit on this system")
-@pytest.mark.parametrize("file", ("model.safetensors", "optimizers.pt"))
-def test_a_full_disk_is_one_clear_error(tmp_path, file):
-    """No file may reach its size (as on a full disk, here met by the first or by the largest file): an OSError names the
-    checkpoint and the remedy, no partial folder stays, and the previous checkpoint is whole."""
-    checkpoints, model = small(tmp_path)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    checkpoints.optimizers["model"].thing.step(0, checkpoints.accelerator)
-    fill(model, 1.0)
-    checkpoints.save(1)
-    limit = (tmp_path / "checkpoint" / file).stat().st_size - 1
-    assert (file == "optimizers.pt") == (limit > (tmp_path / "checkpoint/model.safetensors").stat().st_size)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        with pytest.raises(OSError, match="cannot write the checkpoint .*free disk space"):
-            checkpoints.save(2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
-    again, model = small(tmp_path)
-    assert again.resume() == 1 and all((v == 1).all() for v in model.state_dict().values())
-
-
-@pytest.mark.parametrize("changed", (dict(lr=1e-4), dict(seed=5), dict(side=64), dict(betas=(0.5, 0.9)), dict(steps=9)))
-def test_a_checkpoint_of_another_config_is_refused(tmp_path, changed):
-    """The message names the folder, the setting, both values and the remedy; nothing is loaded."""
-    small(tmp_path)[0].save(1)
-    other, model = small(tmp_path, **changed)
-    fill(model, 7.0)
-    ((key, value),) = changed.items()
-    with pytest.raises(ConfigError) as error:
-        other.resume()
-    text = str(error.value)
-    now = list(value) if isinstance(value, tuple) else value
-    assert str(tmp_path / "checkpoint") in text and f"{key}: " in text and f"{now} now" in text and "choose another out folder or delete it" in text
-    assert all((v == 7).all() for v in model.state_dict().values())
-
-
-def test_folder_and_cadence_may_differ(tmp_path):
-    """A run may be moved and saved at another cadence."""
-    small(tmp_path / "a")[0].save(2)
-    (tmp_path / "a").rename(tmp_path / "b")
-    assert small(tmp_path / "b", save_every=7)[0].resume() == 2
-
-
-def test_stages_of_different_precision_follow_each_other_in_one_process(tmp_path):
-    """bf16 and full precision take turns: each stage's matrix products have its own type, whatever ran before."""
-    for precision, dtype in (("bf16", torch.bfloat16), ("no", torch.float32), ("bf16", torch.bfloat16)):
-        run = layer_run(tmp_path / precision, precision=precision)
-        with run.accelerator.autocast():
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
-
-
-class OneLayer(Base):
-    """A method of one linear layer, whose loss draws what is random in it."""
-
-    batch, result = CaptionedBatch, "layer"
-
-    def __init__(self, ema: float = 0.0):
-        super().__init__({"layer": Trained(nn.Linear(4, 4), ema=ema)})
-        self.drawn: list[float] = []
-
-    def backward(self, phase: Phase, batch: CaptionedBatch, memory: dict, index: int) -> dict:
-        memory["out"] = self.trained["layer"].module(torch.ones(1, 4))
-        memory["out"].square().mean().backward()
-        self.drawn.append(torch.rand(1).item())
-        return {"loss": 1.5, "calls": 2}
-
-    def pictures(self, batch: CaptionedBatch, memory: dict) -> dict:
-        return {"grid": memory["out"]}
-
-    def save(self, state: dict, folder: Path) -> None:
-        folder.mkdir()
-
-
-def layer_run(out: Path, **settings) -> Run:
-    """A run of one layer."""
-    config = TrainConfig.make("smoke", out=str(out), **{"precision": "no", "side": 16, **settings})
-    return Run(OneLayer(), WorldData(config), config)
-
-
-# --- the optimizer
-
-
-def layer(**overrides) -> tuple[nn.Module, Optimizer, TrainConfig]:
-    torch.manual_seed(0)
-    config = TrainConfig.make("smoke", **overrides)
-    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 3))
-    return model, Optimizer(model, config), config
-
-
-@pytest.mark.parametrize("value", (math.nan, math.inf, 1e4))
-def test_guard_skips_spikes_and_non_finite_gradients(value):
-    """A gradient that is not finite, or whose norm exceeds `skip_above`, changes neither weights nor optimizer state, is reported,
-    and is cleared; the next sound one is applied."""
-    model, optimizer, config = layer()
-    accelerator = make_accelerator(config)
-
-    def update(g):
-        for p in model.parameters():
-            p.grad = torch.full_like(p, g)
-        return optimizer.step(0, accelerator)
-
-    assert update(0.01)[1]
-    before, state = {k: v.clone() for k, v in model.state_dict().items()}, json.dumps(str(optimizer.state_dict()))
-    norm, made = update(value)
-    assert not made and not (norm < config.skip_above)
-    assert equal(dict(model.state_dict()), before) and json.dumps(str(optimizer.state_dict())) == state
-    assert all(p.grad is None for p in model.parameters())
-    norm, made = update(0.01)
-    assert made and not equal(dict(model.state_dict()), before) and math.isfinite(norm)
-
-
-def test_norm_is_that_before_clipping_and_clipping_bounds_the_step():
-    """The reported norm is the closed form of a constant gradient; beyond `clip` the gradient's size no longer matters."""
-    out = []
-    for g in (1.0, 10.0):
-        model, optimizer, config = layer(clip=0.5)
-        count = sum(p.numel() for p in model.parameters())
-        for p in model.parameters():
-            p.grad = torch.full_like(p, g)
-        norm, made = optimizer.step(0, make_accelerator(config))
-        assert made and norm == pytest.approx(g * count**0.5, rel=1e-5)
-        out.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    torch.testing.assert_close(out[0], out[1], atol=1e-6, rtol=0)
-
-
-def test_rate_warms_up_and_falls_as_a_cosine():
-    """Linear to the peak at the end of the warm-up, half way down in the middle, `final_lr` of it at the end and after."""
-    config = TrainConfig.make(steps=1100, warmup=100, lr=0.01, final_lr=0.1)
-    optimizer = Optimizer(nn.Linear(2, 2), config)
-    assert [optimizer.rate(k) for k in (0, 49, 99)] == pytest.approx([1e-4, 5e-3, 1e-2])
-    assert optimizer.rate(100) == pytest.approx(0.01)
-    assert optimizer.rate(600) == pytest.approx(0.01 * (0.1 + 0.9 / 2))
-    assert optimizer.rate(1100) == optimizer.rate(5000) == pytest.approx(1e-3)
-
-
-def test_matrices_go_to_muon_and_everything_goes_somewhere():
-    """Every trainable parameter of the DiT is in exactly one optimizer; embeddings, biases and convolutions are AdamW's."""
-    model = DiT(side=16, vocab_size=len(build_tokenizer()))
-    names = {p: n for n, p in model.named_parameters()}
-    optimizer = Optimizer(model, TrainConfig.make())
-    adam, muon = ([names[p] for g in part.param_groups for p in g["params"]] for part in optimizer.parts)
-    assert sorted(adam + muon) == sorted(names.values())
-    assert all(dict(model.named_parameters())[n].ndim == 2 and "embed" not in n for n in muon) and len(muon) > 20
-    assert any("embed" in n for n in adam) and all(n not in muon for n in names.values() if n.endswith("bias"))
-
-
-# --- the average
-
-
-def test_ema_in_closed_form():
-    """After weights w_0 .. w_n the average is the weighted sum with decays min(decay, (1 + k) / (10 + k)), in float64 to 1e-6."""
-    model = nn.Linear(3, 2)
-    ema = EMA(model, 0.9)
-    expected = {k: v.double().clone() for k, v in model.state_dict().items()}
-    for k in range(120):
-        fill(model, math.sin(k))
-        ema.update(model, k)
-        decay = min(0.9, (1 + k) / (10 + k))
-        expected = {n: decay * v + (1 - decay) * math.sin(k) for n, v in expected.items()}
-    for name, value in expected.items():
-        torch.testing.assert_close(ema.shadow[name].double(), value, atol=1e-6, rtol=0)
-    assert not torch.equal(ema.shadow["weight"], model.weight)
-
-
-def test_ema_of_a_constant_and_with_decay_zero():
-    """Equal weights are kept to 1e-7, and decay 0 follows the model exactly; counters are copied, not averaged."""
-    model = nn.BatchNorm1d(3)
-    for decay in (0.9, 0.0):
-        ema = EMA(model, decay)
-        model.num_batches_tracked += 5
-        ema.update(model, 50)
-        assert ema.shadow["num_batches_tracked"] == model.num_batches_tracked
-        torch.testing.assert_close(ema.shadow["weight"], model.weight.detach(), atol=1e-7, rtol=0)
-    fill(model, 3.0)
-    ema.update(model, 50)
-    assert torch.equal(ema.shadow["weight"], model.weight)
-
-
-def test_ema_does_not_share_memory_with_the_model():
-    """Training the model in place leaves its average alone."""
-    model = nn.Linear(2, 2)
-    ema = EMA(model, 0.9)
-    before = ema.shadow["weight"].clone()
-    fill(model, 9.0)
-    assert torch.equal(ema.shadow["weight"], before)
-
-
-# --- two processes
-
-
-def joint_teacher(config: TeacherConfig, processes: int) -> tuple[DiT, list[float]]:
-    """The reference, in one process: gradients of every rank's batch summed by autograd and divided once."""
-    accelerator = make_accelerator(config)
-    torch.manual_seed(config.seed)
-    model = DiT(side=config.side, vocab_size=len(build_tokenizer()), text_length=TEXT_LENGTH, ground_classes=GROUND_CLASSES)
-    optimizer, losses = Optimizer(model, config), []
-    for index in range(config.steps):
-        for rank in range(processes):
-            seed_torch("update", config.seed, index, rank)
-            batch = captioned_batch(config.batch, config.side, config.seed, index, rank)
-            text = drop_text(batch.caption, config.text_dropout)
-            t = logit_normal_time(config.batch, config.time_shift)
-            eps = torch.randn_like(batch.image)
-            v, seen = model(interpolate(batch.image, eps, t), t, text, with_ground=True)
-            loss = (v - velocity_target(batch.image, eps)).square().mean()
-            ((loss + config.ground_weight * ground_loss(seen, batch.ground)) / processes).backward()
-            losses.append(loss.item())
-        optimizer.step(index, accelerator)
-    return model, losses
-
-
-def test_two_processes_train_as_one_on_the_joint_batch(tmp_path):
-    """Two processes over gloo draw different batches, average their gradients and end with the same weights, bit for bit;
-    these are the weights of one process on the joint gradient (1e-5; a step is about 1e-3), not those of either alone."""
-    steps = 2
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(Path(__file__).parents[1] / "helpers" / "two_processes.py"), str(tmp_path), str(steps)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [load_file(tmp_path / f"rank{r}.safetensors") for r in range(2)]
-    losses = [r.pop("losses").tolist() for r in ranks]
-    assert [int(r.pop("processes")) for r in ranks] == [2, 2]
-    assert equal(*ranks) and losses[0] != losses[1]
-    config = TeacherConfig.make("smoke", out=str(tmp_path / "one"), side=16, steps=steps, batch=3, precision="no")
-    model, expected = joint_teacher(config, 2)
-    assert [x for pair in zip(*losses) for x in pair] == pytest.approx(expected, rel=1e-5)
-    distance = lambda other: max((v - other[k]).abs().max().item() for k, v in ranks[0].items())
-    assert distance(model.state_dict()) < 1e-5
-    assert distance(joint_teacher(config, 1)[0].state_dict()) > 1e-4
-    saved = load_file(tmp_path / "checkpoint/teacher.safetensors")
-    assert equal(saved, ranks[0])  # one process wrote, once
-
-
-def test_the_reference_of_that_test_is_the_trainer(tmp_path):
-    """With one process the reference loop gives the trainer's own weights, exactly."""
-    config, train = smoke("teacher", tmp_path, steps=2)
-    list(train(config))
-    model, _ = joint_teacher(config, 1)
-    assert equal(load_file(tmp_path / "checkpoint/teacher.safetensors"), {k: v for k, v in model.state_dict().items()})
+from vlmedit.training.run import Step, make_accelerator
+from vlmedit.training.trainer import train
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers(Batch):
+    """Rows of numbers."""
+
+    x: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Letters(Batch):
+    """What no data give."""
+
+    x: torch.Tensor
+
+
+class Toy(Base):
+    """Two layers, told apart by their names; what happens is written down."""
+
+    batch = Numbers
+
+    def __init__(self, plan: list[Phase], ema: float = 0.0):
+        torch.manual_seed(0)
+        self.student, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+        super().__init__({"student": Trained(self.student, ema=ema), "other": Trained(self.other, lr=0.5, ema=0.9)})
+        self.plan, self.told = plan, []
+
+    def phases(self, index):
+        for phase in self.plan:
+            self.told.append((index, "phase", phase.name))
+            yield phase
+
+    def backward(self, phase, batch, memory, index):
+        memory.setdefault("drawn", []).append(torch.rand(1).item())
+        self.told.append((index, phase.name, tuple(memory["drawn"]), tuple(batch.x.flatten().tolist())))
+        for name in phase.trains:
+            (self.trained[name].module(batch.x).square().mean() * 1e-2).backward()
+        return {"loss": float(len(memory["drawn"])), "calls": 3}
+
+    def after(self, index):
+        self.told.append((index, "after"))
+
+    def pictures(self, batch, memory):
+        return {"grid": self.student(batch.x).view(-1, 1, 2, 2).expand(-1, 3, -1, -1)}
+
+    def save(self, state, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(state, folder / "state.pt")
+
+
+STUDENT = Phase("student", ("student",), Numbers)
+
+
+def toy_config(out: Path, **given) -> TrainConfig:
+    return TrainConfig.make("smoke", out=str(out), **{"batch": 2, "steps": 2, "precision": "no", "trackers": (), **given})
+
+
+def toy_data(config: TrainConfig, asked: list | None = None) -> WorldData:
+    def draw(size, *key):
+        asked.append((size, *key)) if asked is not None else None
+        return Numbers(torch.full((size, 4), float(1 + key[1] + 2 * key[2] + 5 * len(key[3:]))))
+
+    return WorldData(config, {Numbers: draw})
+
+
+def toy(out: Path, *plan: Phase, ema: float = 0.0, **given) -> tuple[Toy, list[Step], list]:
+    """A finished run of a toy: the method, its steps, what was drawn."""
+    config, method, asked = toy_config(out, **given), Toy(list(plan), ema), []
+    return method, list(train(method, toy_data(config, asked), config)), asked
+
+
+def test_phases_are_carried_out_in_order_and_batches_are_drawn_when_named(tmp_path):
+    """A phase with a batch draws anew, by its key and size; one without has the last draw again; each is asked for when the one before it is
+    done, and `after` comes once per update, last."""
+    plan = (STUDENT, Phase("other", ("other",)), Phase("extra", (), Numbers, key=("extra", 1), size=5), Phase("again", ("student", "other")))
+    method, steps, asked = toy(tmp_path, *plan)
+    assert asked == [(2, 0, 0, 0), (5, 0, 0, 0, "extra", 1), (2, 0, 1, 0), (5, 0, 1, 0, "extra", 1)]
+    order = [t[1:3] if t[1] == "phase" else t[1] for t in method.told if t[0] == 0]
+    assert order == [("phase", "student"), "student", ("phase", "other"), "other", ("phase", "extra"), "extra", ("phase", "again"), "again", "after"]
+    rows = {t[1]: t[3] for t in method.told if len(t) == 4 and t[0] == 1}
+    assert rows["student"] == rows["other"] and rows["extra"] == rows["again"] and len(rows["extra"]) == 20
+    assert [s.metrics["loss"] for s in steps] == [4.0, 4.0]  # the memory lives for one update, and a later phase's word counts
+    assert all({"cpu_student", "cpu_other", "cpu_data", "seconds_data"} <= s.metrics.keys() for s in steps)
+
+
+def test_randomness_is_of_seed_update_and_number_and_goes_on_from_phase_to_phase(tmp_path):
+    """The first phase of batch `number` starts at (seed, update, number) whatever was drawn before, the second goes on where it stopped, as if
+    nobody had drawn between; numbers of one process that accumulates have streams of their own."""
+    method, _, _ = toy(tmp_path, STUDENT, Phase("other", ("other",)), accumulate=2)
+    found = [t[2] for t in method.told if len(t) == 4 and t[1] == "other"]  # of updates 0, 0, 1, 1, batches 0, 1, 0, 1
+    for drawn, (index, number) in zip(found, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):
+        seed_torch("update", 0, index, number)
+        assert drawn == (torch.rand(1).item(), torch.rand(1).item())
+    assert len({d for pair in found for d in pair}) == 8
+
+
+def test_only_what_a_phase_trains_moves_each_with_its_own_rate(tmp_path):
+    """Weights of a role that no phase trains stay, bit for bit; the peak of a role's own is its optimizer's."""
+    fresh = Toy([])
+    method, _, _ = toy(tmp_path, STUDENT)
+    assert equal(method.other.state_dict(), fresh.other.state_dict()) and not equal(method.student.state_dict(), fresh.student.state_dict())
+    states = torch.load(tmp_path / "checkpoint/optimizers.pt", weights_only=True)
+    assert states.keys() == {"student", "other"}
+    assert Optimizer(method.other, toy_config(tmp_path), method.trained["other"].lr).rate(0) == 0.5
+
+
+def test_averages_move_once_per_update_of_what_was_trained_in_it(tmp_path, monkeypatch):
+    """Two steps of the student in an update move its average once, with the weights after both; what was not trained, not at all; the model
+    is the average."""
+    moved, update = [], EMA.update
+    monkeypatch.setattr(EMA, "update", lambda self, module, index: moved.append((module, index, module.weight.detach().clone())) or update(self, module, index))
+    method, _, _ = toy(tmp_path, STUDENT, STUDENT, ema=0.5)
+    assert [(m is method.student, index) for m, index, _ in moved] == [(True, 0), (True, 1)]
+    assert torch.equal(moved[-1][2], method.student.weight)
+    average = load_file(tmp_path / "checkpoint/student.ema.safetensors")
+    assert equal(average, torch.load(tmp_path / "model/state.pt")) and not equal(average, dict(method.student.state_dict()))
+    kept = load_file(tmp_path / "checkpoint/other.ema.safetensors")
+    assert equal(kept, Toy([]).other.state_dict())
+
+
+def test_without_an_average_the_model_is_what_was_trained(tmp_path):
+    """A decay of 0 keeps none, in memory or on disk."""
+    method, _, _ = toy(tmp_path, STUDENT)
+    assert not (tmp_path / "checkpoint/student.ema.safetensors").exists()
+    assert equal(torch.load(tmp_path / "model/state.pt"), dict(method.student.state_dict()))
+
+
+def test_a_spike_is_skipped_and_said(tmp_path):
+    fresh = Toy([])
+    method, steps, _ = toy(tmp_path, STUDENT, skip_above=1e-9)
+    assert all(s.skipped and s.metrics["skipped"] == 1.0 and s.metrics["gradient_norm"] > 1e-9 for s in steps)
+    assert equal(method.student.state_dict(), fresh.student.state_dict())
+
+
+def test_floats_are_averaged_over_batches_and_whole_numbers_added_up(tmp_path):
+    """Losses are means, counts are sums, whoever accumulates them."""
+    _, (step, _), _ = toy(tmp_path, STUDENT, Phase("other", ("other",)), accumulate=3)
+    assert step.metrics["calls"] == 9 and step.metrics["loss"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("plan", "kind", "told"),
+    [
+        ((Phase("student", ("student",), Letters),), ConfigError, "data is 'world', which gives no Letters; this method needs them: data=world"),
+        ((STUDENT, Phase("late", (), Letters)), ConfigError, "which gives no Letters"),
+        ((Phase("student", ("student",)),), ValueError, "phase 'student' is an update's first and names no batch to draw"),
+        ((Phase("judged", ("judge",), Numbers),), ValueError, "phase 'judged' trains judge, which the method does not; it trains student, other"),
+    ],
+)
+def test_a_phase_that_nobody_can_carry_out_is_refused(tmp_path, plan, kind, told):
+    """Before any of its steps is made, and before anything is saved."""
+    with pytest.raises(kind, match=told):
+        toy(tmp_path, *plan)
+    assert not (tmp_path / "checkpoint").exists() and not (tmp_path / "model").exists()
+
+
+def test_offload_of_a_role_that_is_not_there_is_told(folder, tmp_path):
+    config = find("copy_warmup")[0].make("smoke", teacher=str(folder / "teacher"), side=16, out=str(tmp_path), offload="fake", trackers=())
+    with pytest.raises(ConfigError, match="offload names 'fake', which this method does not have; it has student, heads"):
+        next(find("copy_warmup")[1](config))
 
 
 # --- the run and its record
@@ -454,115 +190,50 @@ def test_the_reference_of_that_test_is_the_trainer(tmp_path):
 
 def test_steps_are_detached_records(tmp_path):
     """A Step has plain numbers and detached pictures, counts from 1, and cannot be changed; logs and config are written."""
-    config = TrainConfig.make("smoke", out=str(tmp_path), precision="no", side=16, skip_above=1e-9)
-    records = list(train_method(OneLayer(), WorldData(config), config))
-    assert [(r.index, r.total, r.skipped) for r in records] == [(1, 2, True), (2, 2, True)]
+    _, records, _ = toy(tmp_path, STUDENT, trackers=("tensorboard",))
+    assert [(r.index, r.total, r.skipped) for r in records] == [(1, 2, False), (2, 2, False)]
     assert not records[0].pictures["grid"].requires_grad and all(type(v) in (float, int) for r in records for v in r.metrics.values())
-    assert all(r.metrics["loss"] == 1.5 and r.metrics["calls"] == 2 and r.metrics["skipped"] == 1 for r in records)
     with pytest.raises(dataclasses.FrozenInstanceError):
         records[0].index = 3
-    assert json.loads((tmp_path / "config.json").read_text())["batch"] == config.batch
-    assert list((tmp_path / "vlmedit").iterdir()) and (tmp_path / "model").is_dir()
+    assert json.loads((tmp_path / "config.json").read_text())["batch"] == 2
+    assert list((tmp_path / "vlmedit").glob("events*"))
 
 
-def test_update_randomness_is_of_seed_index_and_number(tmp_path):
-    """Inside an update torch's generator starts from (seed, index, number of the batch) whatever came before."""
+def test_a_step_is_told_after_its_checkpoint_is_written(tmp_path):
+    """Whoever stops at a step that was due finds it saved, and the run does not repeat it."""
+    config = toy_config(tmp_path, steps=4, save_every=2)
+    for step in train(Toy([STUDENT]), toy_data(config), config):
+        state = tmp_path / "checkpoint/state.json"
+        assert (json.loads(state.read_text())["step"] if state.exists() else 0) == step.index // 2 * 2
+        if step.index == 2:
+            break
+    assert [s.index for s in train(Toy([STUDENT]), toy_data(config), config)] == [3, 4]
+
+
+def test_update_randomness_is_of_seed_index_and_process(tmp_path):
+    """Inside an update torch's generator starts from (seed, index, process) whatever came before."""
     drawn = []
     for out in ("a", "b"):
-        config = TrainConfig.make("smoke", out=str(tmp_path / out), precision="no", side=16, steps=3)
-        method = OneLayer()
-        for step in train_method(method, WorldData(config), config):
-            torch.manual_seed(len(drawn) + step.index)
-        drawn.append(method.drawn)
+        config = toy_config(tmp_path / out, steps=3)
+        method = Toy([STUDENT])
+        for _ in train(method, toy_data(config), config):
+            torch.manual_seed(len(drawn))
+        drawn.append([t[2] for t in method.told if len(t) == 4])
     assert drawn[0] == drawn[1] and len(set(drawn[0])) == 3
 
 
-def test_batches_that_are_accumulated_have_streams_of_their_own(tmp_path):
-    """Two batches of an update draw different numbers, floats are averaged over them and ints added up."""
-    config = TrainConfig.make("smoke", out=str(tmp_path), precision="no", side=16, accumulate=2)
-    method = OneLayer()
-    steps = list(train_method(method, WorldData(config), config))
-    assert len(set(method.drawn)) == 4 and steps[0].metrics["calls"] == 4 and steps[0].metrics["loss"] == 1.5
+def test_runs_of_different_precision_follow_each_other_in_one_process(tmp_path):
+    """bf16 and full precision take turns: each run's matrix products have its own type, whatever ran before."""
+    for precision, dtype in (("bf16", torch.bfloat16), ("no", torch.float32), ("bf16", torch.bfloat16)):
+        with make_accelerator(TrainConfig.make("smoke", out=str(tmp_path / precision), precision=precision)).autocast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
-def test_data_that_lack_what_a_method_needs_are_refused(tmp_path):
-    """A method that asks for batches which the data do not give is told so before an update is made."""
-    config = TrainConfig.make("smoke", out=str(tmp_path), precision="no", side=16)
-    data = WorldData(config)
-    del data.draws[CaptionedBatch]
-    with pytest.raises(ConfigError, match="gives no CaptionedBatch"):
-        next(train_method(OneLayer(), data, config))
-    assert data.gives(PairedBatch)
-
-
-# --- configuration
-
-
-def test_the_names_of_choices_are_the_keys_of_their_tables():
-    """In the tables' own order, which is the order of the messages; a real run's questions and objectives are some of the miniature's."""
-    from vlmedit.data import requests, world
-    from vlmedit.equations.matching import OBJECTIVES
-    from vlmedit.training import settings
-    from vlmedit.world.edits import ALL_TYPES
-
-    assert stated.TASKS == tuple(world.TASKS) and stated.EDIT_TYPES == tuple(ALL_TYPES)
-    assert stated.QUESTIONS == settings.QUESTIONS == tuple(requests.QUESTIONS)
-    assert set(settings.MATCHING) <= set(OBJECTIVES)
-
-
-def test_reading_settings_needs_no_torch():
-    """What all settings share is there without torch, and with no module of the package but the errors."""
-    code = """
-import sys, vlmedit.config
-heavy = [m for m in ('torch', 'numpy', 'PIL', 'diffusers', 'transformers') if m in sys.modules]
-print(heavy, sorted(m for m in sys.modules if m.startswith('vlmedit.')))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split(maxsplit=1) == ["[]", "['vlmedit.config', 'vlmedit.errors']\n"]
-
-
-def test_unknown_keys_and_tiers_show_the_nearest():
-    """An unknown key names the stage and the nearest keys; an unknown tier names the tiers."""
-    with pytest.raises(ConfigError, match="unknown config key 'stpes' of TeacherConfig; nearest: steps"):
-        TeacherConfig.make(stpes=3)
-    with pytest.raises(ConfigError, match="unknown config key 'zzz' of JudgeConfig; nearest: data, out, seed, steps"):
-        JudgeConfig.make(zzz=3)
-    with pytest.raises(ConfigError, match="unknown tier 'huge'; known: smoke, laptop, gpu"):
-        TrainConfig.make("huge")
-
-
-@pytest.mark.parametrize("bad", (dict(steps=0), dict(batch=0), dict(side=0), dict(save_every=0), dict(ema=1.0), dict(ema=-0.1), dict(lr=0.0), dict(precision="fp64")))
-def test_impossible_settings_are_named(bad):
-    """Each message carries the setting's name and value."""
-    ((key, value),) = bad.items()
-    with pytest.raises(ConfigError, match=f"^{key} is '?{value}"):
-        TrainConfig.make(**bad)
-
-
-IMPOSSIBLE = (
-    ("npedit", dict(guidance=float("nan"))), ("npedit", dict(judge_weight=-0.1)), ("npedit", dict(request_limit=0)), ("npedit", dict(sampler_steps=0)), ("npedit", dict(sampler_shift=-1.0)),
-    ("npedit", dict(lr="fast")), ("npedit", dict(batch=2.5)), ("npedit", dict(warmup=True)), ("judge", dict(size="huge")), ("judge", dict(attack_share=2)), ("judge", dict(attack_radius=-1)),
-    ("flow_grpo", dict(kl_weight=-1)), ("flow_grpo", dict(ratio_clip=0)), ("teacher", dict(text_dropout=1.5)), ("cyclegan_turbo", dict(critic_lr=0.0)),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("stage, bad", IMPOSSIBLE, ids=[f"{stage} {next(iter(bad))}" for stage, bad in IMPOSSIBLE])
-def test_impossible_settings_of_a_stage_are_named(stage, bad):
-    ((key, value),) = bad.items()
-    with pytest.raises(ConfigError, match=f"^{key} is '?{value}'?; (it must be|it is|known)"):
-        ALL_STAGES[stage][0].make(**bad)
-
-
-@pytest.mark.parametrize("config", (TrainConfig, *(config for config, _ in ALL_STAGES.values())))
-def test_every_tier_of_every_stage_exists_and_round_trips(config, tmp_path):
-    """Tiers build, overrides win over them, configs are frozen, and the saved file builds the same config."""
-    for tier in TIERS:
-        made = config.make(tier, seed=9)
-        assert made.seed == 9
-        made.save(tmp_path / "config.json")
-        again = json.loads((tmp_path / "config.json").read_text())
-        assert config.make(**{k: tuple(v) if isinstance(v, list) else v for k, v in again.items()}) == made
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            made.seed = 1
-    assert config.make("smoke", steps=5).steps == 5
+def test_strips_are_drawn_when_they_are_due(folder, tmp_path):
+    """Every second update and after the last one, pictures of that update's first batch; otherwise steps carry none; 0 draws none on disk, and
+    every step carries its pictures."""
+    steps = list(train_npedit(tiny_npedit(folder, tmp_path / "some", steps=3, save_every=3, strip_every=2)))
+    assert [p.name for p in sorted((tmp_path / "some/strips").iterdir())] == ["000002.png", "000003.png"]
+    assert [bool(s.pictures) for s in steps] == [False, True, True]
+    steps = list(train_npedit(tiny_npedit(folder, tmp_path / "none", steps=1)))
+    assert not (tmp_path / "none/strips").exists() and steps[0].pictures.keys() == {"reference", "output"}

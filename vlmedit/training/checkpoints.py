@@ -1,17 +1,21 @@
-"""Checkpoints: atomic, of whole weights whatever the number of processes, and refused where they belong to another configuration."""
+"""Checkpoints: atomic, of whole weights whatever the number of processes, and refused where they are damaged or belong to another
+configuration."""
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from vlmedit.config import RENAMED, TrainConfig
 from vlmedit.errors import ConfigError
@@ -26,6 +30,20 @@ def write(state: dict, file: Path | None) -> None:
     """Weights into a file, on the process that has one."""
     if file is not None:
         save_file({k: v.contiguous() for k, v in state.items()}, file)
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """A file of a checkpoint, to be read. Raises ConfigError where it is missing or damaged."""
+    try:
+        yield file
+    except (OSError, SafetensorError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); delete the folder {file.parent} to begin anew, or choose another out folder") from error
+
+
+def read(file: Path) -> dict[str, Tensor]:
+    with whole(file):
+        return load_file(file)
 
 
 class Checkpoints:
@@ -86,7 +104,8 @@ class Checkpoints:
         """What the newest checkpoint says of itself."""
         for folder in (self.folder, self.folder.with_name("checkpoint.old")):
             if (folder / STATE).exists():
-                return json.loads((folder / STATE).read_text())
+                with whole(folder / STATE) as file:
+                    return json.loads(file.read_text())
         return None
 
     def check(self) -> None:
@@ -104,7 +123,8 @@ class Checkpoints:
             raise ConfigError(f"{self.folder} belongs to another configuration ({what}); choose another out folder or delete it")
 
     def resume(self) -> int:
-        """Restore the newest whole checkpoint and return its step, 0 when there is none."""
+        """Restore the newest whole checkpoint and return its step, 0 when there is none. Raises ConfigError as `check` does, and for a damaged
+        one."""
         self.check()
         old = self.folder.with_name("checkpoint.old")
         if self.accelerator.is_main_process and not self.folder.exists() and old.exists():  # killed between the two renames
@@ -113,10 +133,11 @@ class Checkpoints:
         if not self.folder.exists():
             return 0
         for name, module in self.modules.items():
-            module.load_state_dict(load_file(self.folder / f"{name}.safetensors"))
+            module.load_state_dict(read(self.folder / f"{name}.safetensors"))
         for name, average in self.averages.items():
-            average.load(load_file(self.folder / f"{name}.ema.safetensors"))
-        states = torch.load(self.folder / "optimizers.pt", weights_only=True, map_location="cpu", mmap=True)  # shared by a machine's processes
+            average.load(read(self.folder / f"{name}.ema.safetensors"))
+        with whole(self.folder / "optimizers.pt") as file:
+            states = torch.load(file, weights_only=True, map_location="cpu", mmap=True)  # shared by a machine's processes
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(states[name])
-        return json.loads((self.folder / STATE).read_text())["step"]
+        return self.found()["step"]

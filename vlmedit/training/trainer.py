@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from vlmedit.config import TrainConfig
 from vlmedit.errors import ConfigError
-from vlmedit.protocols import Data, Method
+from vlmedit.protocols import Data, Method, Phase
 from vlmedit.training.run import Run, Step
 
 
@@ -26,8 +26,8 @@ def train(method: Method, data: Data, config: TrainConfig, accelerator: Accelera
         memory: dict[int, dict] = defaultdict(dict)
         held, first = [], []
         for phase in method.phases(index):
+            check_phase(phase, bool(held), method, data, config)
             if phase.batch is not None:
-                check_gives(data, phase.batch, config)
                 held = run.draw(phase, index)
                 first = first or held
             for number, batch in held:
@@ -40,7 +40,12 @@ def train(method: Method, data: Data, config: TrainConfig, accelerator: Accelera
     run.finish()
 
 
-def check_gives(data: Data, kind: type, config: TrainConfig) -> None:
-    """Raise ConfigError for data that cannot give such batches."""
-    if not data.gives(kind):
-        raise ConfigError(f"data is {config.data.place!r}, which gives no {kind.__name__}; this method needs them: data=world")
+def check_phase(phase: Phase, drawn: bool, method: Method, data: Data, config: TrainConfig) -> None:
+    """Raise ConfigError for data that cannot give a phase's batches, ValueError for a phase that nobody can carry out. `drawn`: whether an
+    earlier phase of the update left batches."""
+    if phase.batch is not None and not data.gives(phase.batch):
+        raise ConfigError(f"data is {config.data.place!r}, which gives no {phase.batch.__name__}; this method needs them: data=world")
+    if phase.batch is None and not drawn:
+        raise ValueError(f"phase {phase.name!r} is an update's first and names no batch to draw")
+    if unknown := set(phase.trains) - method.trained.keys():
+        raise ValueError(f"phase {phase.name!r} trains {', '.join(sorted(unknown))}, which the method does not; it trains {', '.join(method.trained)}")
