@@ -245,7 +245,7 @@ def test_commands_in_the_pages_exist(path):
 def test_files_named_in_the_pages_exist(path):
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
     named = re.findall(r"`((?:vlmedit|kernels|notebooks|papers|tests|docs|\.github|\.ci)/[\w./-]*)`", text)
-    assert not [name for name in named if not (ROOT / name).exists()]
+    assert not [name for name in named if "NAME" not in name and not (ROOT / name).exists()]  # NAME is the reader's own
 
 
 def site():
