@@ -24,7 +24,7 @@ from vlmedit.data.world import sample_example
 from vlmedit.evaluation.editing import evaluate, judge_by_oracle
 from vlmedit.evaluation.judge import right_answers
 from vlmedit.flow import flow_matching_loss, logit_normal_time
-from vlmedit.methods._build import load_roles, prepare
+from vlmedit.methods._build import begin_roles, load_roles
 from vlmedit.methods.npedit import NPEdit, NPEditConfig
 from vlmedit.pipelines.shapes import EditPipeline, checkpoint
 from vlmedit.seeds import rng_for
@@ -80,7 +80,7 @@ def train_with_pairs(
     config: NPEditConfig, pairs: tuple[Tensor, Tensor, Tensor], weight: float, size: int
 ) -> Iterator[Step]:
     """As `train_npedit`, with `size` of the pairs beside each batch."""
-    config, accelerator = prepare(config)
+    config, accelerator = begin_roles(config)
     loaded = load_roles(config, accelerator)
     roles = loaded.student, loaded.fake, loaded.teacher, *loaded.judges[:1]
     method = WithPairs(config, *roles, loaded.codec, pairs=pairs, weight=weight, size=size)

@@ -22,7 +22,7 @@ from vlmedit.data.world import SLOTS
 from vlmedit.errors import ConfigError
 from vlmedit.flow import flow_matching_loss, logit_normal_time
 from vlmedit.methods._base import drop_text
-from vlmedit.methods._build import BackboneMethod, load_student, begin_roles
+from vlmedit.methods._build import BackboneMethod, begin_roles, load_student
 from vlmedit.networks.codec import PixelCodec
 from vlmedit.networks.text import TextEncoder
 from vlmedit.protocols import Codec, Phase, Trained

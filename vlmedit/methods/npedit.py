@@ -35,7 +35,7 @@ from vlmedit.equations.rewards import Panel as JudgePanel
 from vlmedit.equations.unroll import CALLS, RENOISE, draw_times, rollout
 from vlmedit.errors import ConfigError
 from vlmedit.flow import flow_matching_loss, logit_normal_time
-from vlmedit.methods._build import BackboneMethod, load_roles, begin_roles
+from vlmedit.methods._build import BackboneMethod, begin_roles, load_roles
 from vlmedit.networks.codec import PixelCodec
 from vlmedit.protocols import Codec, Judge, Phase, Trained
 from vlmedit.seeds import rng_for
