@@ -49,7 +49,7 @@ def teacher() -> None:
         summary="A flow-matching DiT of 1.8 M parameters that draws captioned scenes of the shape world at 32 pixels.",
         command="vlmedit train teacher --set steps=6000 time_shift=1.5 ground_weight=0 out=runs/teacher0\n"
         "vlmedit train teacher --set start=runs/teacher0/model steps=8000 seed=11",
-        config=TeacherConfig(start="runs/teacher0/model", steps=8000, seed=11), cpu_minutes=96,
+        config=TeacherConfig.make(start="runs/teacher0/model", steps=8000, seed=11).flat(), cpu_minutes=96,
         metrics={**averages(entries, "fidelity", "shapes", "manifold_psnr"), **{k: entries[0][k] for k in ("steps", "guidance", "n")}, "seeds": len(entries)},
         intended_use="Teacher and fake-score start of DMD; teaching.",
         limits=[
@@ -71,7 +71,9 @@ def judge() -> None:
         "vlmedit train judge --set start=runs/judge3/model steps=350 warmup=30 attack_from=0 lr=0.0007 seed=7 students=runs/npedit2/model out=runs/judge4\n"
         "vlmedit train npedit --set judge=runs/judge4/model out=runs/npedit3\n"
         "vlmedit train judge --set start=runs/judge4/model steps=170 warmup=20 attack_from=0 lr=0.0007 seed=8 students=runs/npedit3/model,runs/npedit2/model",
-        config=JudgeConfig(start="runs/judge4/model", steps=170, warmup=20, attack_from=0, lr=7e-4, seed=8, students=("runs/npedit3/model", "runs/npedit2/model")),
+        config=JudgeConfig.make(
+            start="runs/judge4/model", steps=170, warmup=20, attack_from=0, lr=7e-4, seed=8, students=("runs/npedit3/model", "runs/npedit2/model")
+        ).flat(),
         cpu_minutes=104,
         metrics=flat(read("judge")), intended_use="Frozen judge of NP-Edit in the shape world; teaching.",
         limits=[
@@ -86,7 +88,7 @@ def second_judge() -> None:
     write_card(checkpoint("shapes", "second_judge"), dict(
         MADE, title="shapes: second judge",
         summary="A smaller judge from other initial weights and other lessons, which no student was trained on: a second opinion for evaluation.",
-        command="vlmedit train judge --set size=small steps=2000 attack_from=900 seed=21", config=JudgeConfig(size="small", steps=2000, attack_from=900, seed=21),
+        command="vlmedit train judge --set size=small steps=2000 attack_from=900 seed=21", config=JudgeConfig.make(size="small", steps=2000, attack_from=900, seed=21).flat(),
         cpu_minutes=14, metrics=flat(read("second_judge")), intended_use="Held-out judge: an alarm where it disagrees with the first.",
         limits=["Less accurate than the first judge on rendered pairs; it went to the same school and shares its gaps."],
     ) | dict(seed=21), library="transformers")  # fmt: skip
@@ -97,7 +99,7 @@ def warm() -> None:
     write_card(checkpoint("shapes", "warm"), dict(
         MADE, title="shapes: warmed-up student",
         summary="The copy warm-up: returns the reference whatever the instruction; its text encoder has read instructions.",
-        command="vlmedit train copy_warmup", config=CopyWarmupConfig(), cpu_minutes=12,
+        command="vlmedit train copy_warmup", config=CopyWarmupConfig.make().flat(), cpu_minutes=12,
         metrics={**averages(entries, "success", "keep_psnr"), "n": entries[0]["n"], "seeds": len(entries)},
         intended_use="Start of NP-Edit.", limits=["Edits nothing."],
     ))  # fmt: skip
@@ -110,9 +112,9 @@ def editor() -> None:
         MADE, title="shapes: no-pair editor",
         summary="NP-Edit: edits by instruction in 4 steps, trained without one before/after pair.",
         command="vlmedit train npedit --set judge=runs/judge2/model out=runs/npedit2\n"
-        "vlmedit train npedit --set student=runs/npedit2/model steps=400 lr=0.0006 gain_steps=0 seed=1 out=runs/npedit4\n"
-        "vlmedit train npedit --set student=runs/npedit4/model steps=800 lr=0.0006 gain_steps=0 seed=2 emphasis=move",
-        config=NPEditConfig(student="runs/npedit4/model", steps=800, lr=6e-4, gain_steps=0, seed=2, emphasis=("move",)), cpu_minutes=62,
+        "vlmedit train npedit --set student=runs/npedit2/model steps=400 lr=0.0006 logit_gain_steps=0 seed=1 out=runs/npedit4\n"
+        "vlmedit train npedit --set student=runs/npedit4/model steps=800 lr=0.0006 logit_gain_steps=0 seed=2 emphasis=move",
+        config=NPEditConfig.make(student="runs/npedit4/model", steps=800, lr=6e-4, logit_gain_steps=0, seed=2, emphasis=("move",)).flat(), cpu_minutes=62,
         metrics={**averages(entries, "success", "keep_psnr", "manifold_psnr", "hacking_gap"), **types, "n": entries[0]["n"], "seeds": len(entries)},
         intended_use="Teaching; edits of pictures within the vocabulary of the shape world.",
         limits=["Things are hardly ever moved: they fade on one side and smear to the other.", "Fine outlines and textures of what should stay are lost now and then.", "One training seed."],

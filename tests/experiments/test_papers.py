@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from helpers.scripts import script
 
+from vlmedit import methods
+from vlmedit.pipelines.shapes import checkpoint
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -107,3 +110,28 @@ def test_a_wording_s_figures_are_those_of_its_file(tmp_path, monkeypatch):
     lines = tables.asking_table().splitlines()
     for words in ("bare questions (50 pairwise ones) | 0.12 / 0.20 / 0.30", "3 noises (40 requests whose captions differ) | 0.91 / 0.92 / not asked", "by twins that the judge says yes to twice (30 requests) | 0.25 (moves 0.50"):
         assert sum(words in line for line in lines) == 1
+
+
+# --- the model cards
+
+
+cards = script("cards")
+CARDS = ("teacher", "judge", "second_judge", "warm", "editor")
+
+
+@pytest.mark.parametrize("role", CARDS)
+def test_the_cards_are_those_of_the_results(role, tmp_path, monkeypatch):
+    monkeypatch.setattr(cards, "checkpoint", lambda family, name: tmp_path)
+    getattr(cards, role)()
+    shipped = checkpoint("shapes", role) / "README.md"
+    assert (tmp_path / "README.md").read_bytes() == shipped.read_bytes(), "run `python papers/cards.py`"
+
+
+@pytest.mark.parametrize("role", CARDS)
+def test_a_card_s_commands_can_be_run_today(role):
+    """Stages that exist, with settings that they have."""
+    text = (checkpoint("shapes", role) / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^vlmedit train (\w+)(?: --set (.*))?$", text, re.M)
+    assert commands
+    for stage, pairs in commands:
+        assert {pair.partition("=")[0] for pair in pairs.split()} <= set(methods.find(stage)[0].known()), stage
