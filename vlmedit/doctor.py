@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
@@ -28,7 +28,8 @@ LEAST_DISK = 2**30  # bytes: a run's checkpoints, logs and pictures
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "pillow")
 EXTRAS = {"train": "training", "notebooks": "the notebooks", "data": "parquet files"}  # of the package -> what they are for
 ROLES = ("editor", "teacher", "warm", "judge")
-TRAINED_BY = {"teacher": "teacher", "softener": "teacher", "judge": "judge", "student": "warmup", "students": "npedit"}  # setting that names a model -> stage that trains it
+# setting that names a model -> method that trains it
+TRAINED_BY = {"teacher": "teacher", "softener": "teacher", "judge": "judge", "student": "copy_warmup", "students": "npedit"}
 SLOW, PATIENCE = 10.0, 90.0  # seconds on one stage before its third update is left out, on one tier before its other stages are
 COSTLIEST = {"attack_from": 0}  # times the updates as they are for most of a run
 
@@ -173,16 +174,17 @@ def stage_seconds(config, loop) -> float:
 
 def durations(tiers: tuple[str, ...]) -> Iterator[Check]:
     """Minutes per tier and stage, measured. A stage that cannot make an update is a FAIL of its tier."""
-    from vlmedit.methods.stages import STAGES
+    from vlmedit import methods
 
     for tier in tiers:
         minutes, failed, began = {}, [], time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
             models = random_models(tier, Path(scratch) / "models")
-            for name, (config_class, loop) in STAGES.items():
+            for name in methods.names():
                 if time.perf_counter() - began > PATIENCE:
                     break
-                known = {f.name for f in fields(config_class)}
+                config_class, loop = methods.find(name)
+                known = config_class.known()
                 given = {k: v for k, v in (models | COSTLIEST).items() if k in known}
                 config = config_class.make(tier, out=str(Path(scratch) / "runs" / name), **given)
                 try:
@@ -190,7 +192,8 @@ def durations(tiers: tuple[str, ...]) -> Iterator[Check]:
                 except Exception as error:  # whatever it is: a doctor reports it and goes on
                     failed.append(f"{name} fails ({type(error).__name__}: {str(error).splitlines()[0]})")
         words = [f"{name} {m:.0f}" if m >= 10 else f"{name} {m:.2g}" for name, m in minutes.items()]
-        rest = [f"{name} not timed: this machine is slow or busy" for name in list(STAGES)[len(minutes) + len(failed) :]]
+        untimed = methods.names()[len(minutes) + len(failed) :]
+        rest = [f"{name} not timed: this machine is slow or busy" for name in untimed]
         yield Check(f"minutes, tier {tier}", not failed, ", ".join(failed + words + rest), {"minutes": {k: round(v, 2) for k, v in minutes.items()}})
 
 

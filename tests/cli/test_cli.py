@@ -18,9 +18,9 @@ from helpers.foreign import draw_all
 from PIL import Image, ImageDraw
 
 import vlmedit
-from vlmedit import doctor
+from vlmedit import doctor, methods
 from vlmedit.cli import main
-from vlmedit.cli._settings import convert
+from vlmedit.cli._settings import convert, typed
 from vlmedit.cli._shared import Tier
 from vlmedit.config import TIERS
 from vlmedit.data.batches import TEXT_LENGTH
@@ -371,13 +371,11 @@ def test_eval_tells_all_problems(tmp_path, capsys):
 
 @pytest.fixture
 def stages(monkeypatch):
-    """The stage registry with the teacher alone; returns it, to be added to."""
-    import types
-
-    module = types.ModuleType("vlmedit.methods.stages")
-    module.STAGES = {"teacher": (TeacherConfig, train_teacher)}
-    monkeypatch.setitem(sys.modules, "vlmedit.methods.stages", module)
-    return module.STAGES
+    """The methods that are found: the teacher alone; returns them, to be added to."""
+    found = {"teacher": (TeacherConfig, train_teacher)}
+    monkeypatch.setattr(methods, "names", lambda: list(found))
+    monkeypatch.setattr(methods, "find", found.__getitem__)
+    return found
 
 
 def test_train_a_stage(tmp_path, stages):
@@ -475,13 +473,9 @@ def test_settings_of_another_type_are_refused(value, kind):
 
 def test_every_setting_of_a_saved_config_comes_back():
     """A run folder's config.json, given with --config, makes the same configuration."""
-    from dataclasses import asdict
-    from typing import get_type_hints
-
-    for config in (TeacherConfig(lr=0.1), JudgeConfig(size="small")):
-        kinds = get_type_hints(type(config))
-        loaded = json.loads(json.dumps(asdict(config)))
-        assert type(config)(**{k: convert(k, v, kinds[k]) for k, v in loaded.items()}) == config
+    for config in (TeacherConfig.make(lr=0.1, side=16), JudgeConfig.make(size="small", students=["a", "b"])):
+        loaded = json.loads(json.dumps(config.flat()))
+        assert type(config).make(**typed(type(config), loaded)) == config
 
 
 def test_the_tiers_of_the_command_line_are_the_configs():
@@ -531,10 +525,8 @@ def test_doctor_tells_which_extras_are_there(monkeypatch):
 def test_doctor_measures_durations_of_every_stage(monkeypatch):
     """Each registered stage makes real updates from random models."""
     monkeypatch.setattr(doctor, "PATIENCE", float("inf"))
-    from vlmedit.methods.stages import STAGES
-
     (check,) = doctor.durations(("smoke",))
-    assert check.ok and set(check.values["minutes"]) == set(STAGES) and all(m >= 0 for m in check.values["minutes"].values())
+    assert check.ok and set(check.values["minutes"]) == set(methods.names()) and all(m >= 0 for m in check.values["minutes"].values())
 
 
 def test_doctor_tells_a_stage_that_fails(stages):
