@@ -97,7 +97,7 @@ def warm() -> None:
     write_card(checkpoint("shapes", "warm"), dict(
         MADE, title="shapes: warmed-up student",
         summary="The copy warm-up: returns the reference whatever the instruction; its text encoder has read instructions.",
-        command="vlmedit train warmup", config=CopyWarmupConfig(), cpu_minutes=12,
+        command="vlmedit train copy_warmup", config=CopyWarmupConfig(), cpu_minutes=12,
         metrics={**averages(entries, "success", "keep_psnr"), "n": entries[0]["n"], "seeds": len(entries)},
         intended_use="Start of NP-Edit.", limits=["Edits nothing."],
     ))  # fmt: skip

@@ -95,7 +95,7 @@ class PlainSteps(Optimizer):
     """Steps without moments, where AdamW's do not fit the device: their bytes are then counted, not measured."""
 
     def __init__(self, model: nn.Module, config: RealConfig, lr: float | None = None):
-        self.model, self.config, self.lr = model, config, lr or config.lr
+        self.module, self.config, self.lr = model, config, lr or config.lr
         self.parts = [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=self.lr)]
 
 

@@ -92,7 +92,7 @@ def streams(kind: str):
     """No generator, one, a list of one, one for each of four rows, and more than there are rows."""
     count = {"none": 0, "one": 1, "alone": 1, "rows": 4, "spare": 6}[kind]
     made = [torch.Generator().manual_seed(seed) for seed in range(count)]
-    return {"none": None, "one": made[0]}[kind] if kind in ("none", "one") else made
+    return None if kind == "none" else made[0] if kind == "one" else made
 
 
 @pytest.mark.parametrize("kind", ("none", "one", "alone", "rows", "spare"))

@@ -28,8 +28,7 @@ LEAST_DISK = 2**30  # bytes: a run's checkpoints, logs and pictures
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "pillow")
 EXTRAS = {"train": "training", "notebooks": "the notebooks", "data": "parquet files"}  # of the package -> what they are for
 ROLES = ("editor", "teacher", "warm", "judge")
-# setting that names a model -> method that trains it
-TRAINED_BY = {"teacher": "teacher", "softener": "teacher", "judge": "judge", "student": "copy_warmup", "students": "npedit"}
+TRAINED_BY = {"teacher": "teacher", "softener": "teacher", "judge": "judge", "student": "copy_warmup", "students": "npedit"}  # setting that names a model -> stage that trains it
 SLOW, PATIENCE = 10.0, 90.0  # seconds on one stage before its third update is left out, on one tier before its other stages are
 COSTLIEST = {"attack_from": 0}  # times the updates as they are for most of a run
 
@@ -174,26 +173,24 @@ def stage_seconds(config, loop) -> float:
 
 def durations(tiers: tuple[str, ...]) -> Iterator[Check]:
     """Minutes per tier and stage, measured. A stage that cannot make an update is a FAIL of its tier."""
-    from vlmedit import methods
+    from vlmedit.methods import find, names
 
     for tier in tiers:
         minutes, failed, began = {}, [], time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
             models = random_models(tier, Path(scratch) / "models")
-            for name in methods.names():
+            for name in names():
+                config_class, loop = find(name)
                 if time.perf_counter() - began > PATIENCE:
                     break
-                config_class, loop = methods.find(name)
-                known = config_class.known()
-                given = {k: v for k, v in (models | COSTLIEST).items() if k in known}
+                given = {k: v for k, v in (models | COSTLIEST).items() if k in config_class.known()}
                 config = config_class.make(tier, out=str(Path(scratch) / "runs" / name), **given)
                 try:
                     minutes[name] = stage_seconds(config, loop) * config.steps / 60
                 except Exception as error:  # whatever it is: a doctor reports it and goes on
                     failed.append(f"{name} fails ({type(error).__name__}: {str(error).splitlines()[0]})")
         words = [f"{name} {m:.0f}" if m >= 10 else f"{name} {m:.2g}" for name, m in minutes.items()]
-        untimed = methods.names()[len(minutes) + len(failed) :]
-        rest = [f"{name} not timed: this machine is slow or busy" for name in untimed]
+        rest = [f"{name} not timed: this machine is slow or busy" for name in names()[len(minutes) + len(failed) :]]
         yield Check(f"minutes, tier {tier}", not failed, ", ".join(failed + words + rest), {"minutes": {k: round(v, 2) for k, v in minutes.items()}})
 
 

@@ -18,7 +18,7 @@ from helpers.foreign import draw_all
 from PIL import Image, ImageDraw
 
 import vlmedit
-from vlmedit import doctor, methods
+from vlmedit import doctor
 from vlmedit.cli import main
 from vlmedit.cli._settings import convert, typed
 from vlmedit.cli._shared import Tier
@@ -27,6 +27,7 @@ from vlmedit.data.batches import TEXT_LENGTH
 from vlmedit.errors import ConfigError
 from vlmedit.io import load_picture
 from vlmedit.methods.judge import JudgeConfig, build_judge
+from vlmedit.methods.npedit import NPEditConfig
 from vlmedit.methods.teacher import TeacherConfig, train_teacher
 from vlmedit.training.run import Step
 from vlmedit.world.edits import EDIT_TYPES
@@ -371,11 +372,13 @@ def test_eval_tells_all_problems(tmp_path, capsys):
 
 @pytest.fixture
 def stages(monkeypatch):
-    """The methods that are found: the teacher alone; returns them, to be added to."""
-    found = {"teacher": (TeacherConfig, train_teacher)}
-    monkeypatch.setattr(methods, "names", lambda: list(found))
-    monkeypatch.setattr(methods, "find", found.__getitem__)
-    return found
+    """The stage registry with the teacher alone; returns it, to be added to."""
+    from vlmedit import methods
+
+    known = {"teacher": (TeacherConfig, train_teacher)}
+    monkeypatch.setattr(methods, "names", lambda: list(known))
+    monkeypatch.setattr(methods, "find", known.__getitem__)
+    return known
 
 
 def test_train_a_stage(tmp_path, stages):
@@ -473,9 +476,9 @@ def test_settings_of_another_type_are_refused(value, kind):
 
 def test_every_setting_of_a_saved_config_comes_back():
     """A run folder's config.json, given with --config, makes the same configuration."""
-    for config in (TeacherConfig.make(lr=0.1, side=16), JudgeConfig.make(size="small", students=["a", "b"])):
+    for config in (TeacherConfig(lr=0.1), JudgeConfig(size="small"), NPEditConfig.make(side=16, emphasis=("move",), judge=("a", "b"))):
         loaded = json.loads(json.dumps(config.flat()))
-        assert type(config).make(**typed(type(config), loaded)) == config
+        assert config.make(**typed(type(config), loaded)) == config
 
 
 def test_the_tiers_of_the_command_line_are_the_configs():
@@ -525,6 +528,8 @@ def test_doctor_tells_which_extras_are_there(monkeypatch):
 def test_doctor_measures_durations_of_every_stage(monkeypatch):
     """Each registered stage makes real updates from random models."""
     monkeypatch.setattr(doctor, "PATIENCE", float("inf"))
+    from vlmedit import methods
+
     (check,) = doctor.durations(("smoke",))
     assert check.ok and set(check.values["minutes"]) == set(methods.names()) and all(m >= 0 for m in check.values["minutes"].values())
 

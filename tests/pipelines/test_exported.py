@@ -347,7 +347,7 @@ def test_a_runs_settings_start_another(editors, tmp_path, capsys):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (("train", "grpo", "--config", "tiny"), "real models are trained by the stages npedit and warmup, not grpo: vlmedit train npedit --config tiny"),
+        (("train", "grpo", "--config", "tiny"), "real models are trained by the stages npedit and copy_warmup, not grpo: vlmedit train npedit --config tiny"),
         (("train", "--config", "tiny"), "not main"),
         (("train", "npedit", "--config", "zimage_refcopy"), "text_dropout, time_shift: settings of the copy warm-up"),
     ],

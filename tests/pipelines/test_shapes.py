@@ -350,7 +350,7 @@ def test_load_reads_folders(shipped, pipe, folder, tmp_path):
 
 
 def test_load_says_what_is_absent(shipped, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no warm checkpoint of 'shapes'.*vlmedit train warmup"):
+    with pytest.raises(FileNotFoundError, match="no warm checkpoint of 'shapes'.*vlmedit train copy_warmup"):
         vlmedit.load("shapes", role="warm")
     with pytest.raises(ValueError, match="unknown role 'student'; known: editor, warm, teacher"):
         vlmedit.load("shapes", role="student")

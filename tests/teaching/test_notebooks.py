@@ -139,17 +139,17 @@ def test_settings_of_the_papers_table_are_the_configs():
     assert here["batch"] == str(c.batch)
     assert here["learning rate"] == f"{c.lr * 1000:g}e-3, {c.warmup} warm-up, cosine to {c.final_lr:.0%}; fake {c.fake_lr * 1000:g}e-3, likewise".replace("%", " %")
     assert f"({g(c.betas[0])}, {g(c.betas[1])})" in here["optimizer"] and f"weight decay {g(c.weight_decay)}" in here["optimizer"]
-    assert here["gradient clip, spike guard"] == f"{g(c.clip)}, skip above {g(c.spike)}"
+    assert here["gradient clip, spike guard"] == f"{g(c.clip)}, skip above {g(c.skip_above)}"
     assert here["EMA"].startswith(g(c.ema))
     weights = next(v for k, v in here.items() if k.startswith("$\\lambda"))
     assert weights == ", ".join(g(x) for x in (c.dmd_weight, c.judge_weight, c.nothing_weight))
-    assert here["logit-gain ramp"] == f".1 to 1 over {c.gain_steps} of {c.steps:,}"
+    assert here["logit-gain ramp"] == f".1 to 1 over {c.logit_gain_steps} of {c.steps:,}"
     assert here["guidance $w$ of the real score"] == f"{g(c.guidance)} for all"
     assert here["fake updates per student update"].startswith(f"{c.fake_updates}, on the student") and c.fake_rollouts == "shared"
     assert here["second time $t$"] == "{.75, .5, .25} (shift 1)" and (c.sampler_steps, c.sampler_shift) == (4, 1.0)
     assert (here["calls in the unroll"], c.calls) == ("as released", "mixed") and (here["noise at the second call"], c.renoise) == ("fresh", "fresh")
     assert here["do-nothing share"] == f"{EDIT_SHARES['nothing']:.0%}".replace("%", " %")
-    assert here["share of requests that are fulfilled already (target = reference)"].startswith(f"{c.settled:.0%}".replace("%", " %"))
+    assert here["share of requests that are fulfilled already (target = reference)"].startswith(f"{c.data.fulfilled_share:.0%}".replace("%", " %"))
     assert here["removals among requests"].startswith(f"{EDIT_SHARES['remove']:.0%}".replace("%", " %"))
 
 

@@ -36,7 +36,7 @@ def test_sending_the_losses_back_is_the_trainers_student_update(batch):
     scores = dmd_scores(mine, batch.target_caption, by_hand.teacher, by_hand.fake, c.guidance, t, torch.randn_like(mine))
     losses = {
         "dmd": lambda x: dmd_loss(x, dmd_gradient(x, *scores)),
-        "judge": lambda x: judge_loss(by_hand.judge, batch, x, gain_ramp(STEP, c.gain_steps))[0],
+        "judge": lambda x: judge_loss(by_hand.judge, batch, x, gain_ramp(STEP, c.logit_gain_steps))[0],
         "nothing": lambda x: nothing_loss(x, batch.reference, batch.nothing),
     }
     gradients = exercises.SEND_BACK.reference(mine, losses, {"dmd": c.dmd_weight, "judge": c.judge_weight, "nothing": c.nothing_weight})

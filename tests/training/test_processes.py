@@ -23,7 +23,8 @@ from vlmedit.data.shards import write_shards
 from vlmedit.networks.lora import LORA_FILE
 from vlmedit.testing import resolve
 from vlmedit.training import real_models as train
-from vlmedit.training.real_models import RealEdit, Waiting
+from vlmedit.training.offload import Offloaded
+from vlmedit.training.real_models import RealEdit
 from vlmedit.training.settings import CONFIGS
 
 ROOT = Path(__file__).parents[2]
@@ -170,7 +171,7 @@ class Elsewhere(TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.homes, self.kept, self.seen = set(), [], []
-        begin, clock = Waiting.__init__, RealEdit.clock
+        begin, clock = Offloaded.__init__, RealEdit.clock
 
         def wait(waiting, module, device):
             begin(waiting, module, device)
@@ -183,7 +184,7 @@ class Elsewhere(TorchDispatchMode):
                 self.seen.append((part, {role for role, w in edit.waiting.items() if w.homes}))
                 yield
 
-        monkeypatch.setattr(Waiting, "__init__", wait)
+        monkeypatch.setattr(Offloaded, "__init__", wait)
         monkeypatch.setattr(RealEdit, "clock", watch)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -224,6 +225,6 @@ def test_nobody_reads_a_weight_that_waits(settings, tmp_path, monkeypatch):
         waiting.homes = {}
 
     with monkeypatch.context() as m:
-        m.setattr(Waiting, "leave", forget)
+        m.setattr(Offloaded, "leave", forget)
         lost = watched(settings(tmp_path / "lost", **case, offload=ROLES))
     assert apart(by_key(stay)["1"]["gradient"], by_key(lost)["1"]["gradient"]) > 0.01

@@ -587,7 +587,7 @@ def test_every_shipped_file_can_be_counted_without_a_network(name, monkeypatch):
 
 
 def test_the_warmup_is_counted_as_it_runs(settings, capsys):
-    """`train warmup --dry-run` counts the student and the autoencoder alone, in one part: no judge, no fake score, no moments of one; with
+    """`train copy_warmup --dry-run` counts the student and the autoencoder alone, in one part: no judge, no fake score, no moments of one; with
     adapters their base; prompts times bytes are what the cache then holds."""
     for roles in ("modules", "adapters"):
         given = {**settings("flux", roles=roles, precision="bf16"), "text_cache": None}

@@ -80,7 +80,7 @@ def update(parts, backbone: str, judge: str, kind: str, **settings) -> tuple[NPE
     original, codec = backbones[backbone]
     student = copy.deepcopy(original)
     roles = adapter_roles(student, rank=4) if kind == "adapters" else module_roles(student)
-    config = NPEditConfig.make("smoke", **{"precision": "no", "batch": 3, "gain_steps": 1, **settings})
+    config = NPEditConfig.make("smoke", **{"precision": "no", "batch": 3, "logit_gain_steps": 1, **settings})
     return NPEdit(config, roles.student, roles.fake, roles.teacher, judges[judge], codec), roles
 
 

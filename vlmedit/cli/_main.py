@@ -22,9 +22,10 @@ DESCRIPTION = "Image editing learned without image pairs, in miniature."
 def commands() -> dict[str, Callable[..., int]]:
     """Every command by its name, in the order of the help: by `ORDER`, and those without one last, by their files'
     names."""
-    package = import_module(__package__)
+    from vlmedit import cli as package
+
     names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
-    found = [(name, import_module(f"{__package__}.{name}")) for name in names]
+    found = [(name, import_module(f"vlmedit.cli.{name}")) for name in names]
     found.sort(key=lambda pair: getattr(pair[1], "ORDER", inf))
     return {getattr(module, "NAME", name): getattr(module, name) for name, module in found}
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from tyro.conf import Positional
 
 from vlmedit.cli._shared import JsonFile, at_least, check_json, load_model, progress_bar, say
 from vlmedit.errors import InputError
-
-if TYPE_CHECKING:
-    from vlmedit.pipelines.batch_edit import Job
 
 ORDER = 3
 MOST_SIDE = 4096  # pixels at which a real model may work
@@ -121,7 +118,7 @@ def find_jobs(
     samples: int,
     report: bool,
     force: bool,
-) -> list[Job]:
+) -> list[Any]:
     """Every edit to make. Raises one `InputError` with all problems: the pictures', then those of the options."""
     from vlmedit.pipelines.batch_edit import model_side, prepare
 
@@ -166,7 +163,7 @@ def load_editor(model: str, exported, judge: str, report: bool, best_of: int):
 
 
 def edit_all(
-    pipe, jobs: Sequence[Job], known: Sequence[bool], steps: int, seed: int, best_of: int, report: bool
+    pipe, jobs: Sequence[Any], known: Sequence[bool], steps: int, seed: int, best_of: int, report: bool
 ) -> list[dict]:
     """Make every edit that is not known to be there; returns the record of each."""
     from vlmedit.pipelines.batch_edit import carry_out

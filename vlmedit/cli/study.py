@@ -78,10 +78,10 @@ def list_all(json: Path | None) -> int:
 def overrides(name: str, pairs: tuple[str, ...], arms: list[str]) -> dict:
     """Settings by stage, with their fields' types, and other models."""
     from vlmedit.experiments import study as suite
-    from vlmedit.methods.stages import STAGES
+    from vlmedit.methods import find
 
     texts, models = suite.sort_overrides(name, parse_pairs(pairs), arms)
-    settings = {stage: typed(STAGES[stage][0], given) for stage, given in texts.items()}
+    settings = {stage: typed(find(stage)[0], given) for stage, given in texts.items()}
     return {f"{stage}.{k}": v for stage, given in settings.items() for k, v in given.items()} | models
 
 

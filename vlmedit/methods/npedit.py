@@ -129,7 +129,7 @@ class NPEditConfig(BackboneConfig):
 
 def nothing_loss(output: Tensor, reference: Tensor, nothing: Tensor) -> Tensor:
     """Squared distance to the reference on "do nothing" rows, mean over the batch (method.md 1.2)."""
-    return ((output - reference).square().flatten(1).mean(1) * nothing).mean()
+    return ((output - reference).square().flatten(1).mean(1) * nothing).mean()  # Eq. E11
 
 
 def anchor_loss(model: nn.Module, start: list[Tensor]) -> Tensor:
@@ -238,7 +238,7 @@ class NPEdit(BackboneMethod):
             output = self.edit(batch, times)
         gradients, metrics = self.output_gradients(batch, output, step)
         with self.part("student"):
-            output.backward(sum(gradients.values()))
+            output.backward(sum(gradients.values()))  # Eq. E11
             for name, loss in self.regularizers(batch).items():
                 loss.backward()
                 metrics[name] = loss.item()

@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vlmedit.extras import need
 from vlmedit.networks.backbones import family_of
 from vlmedit.protocols import Backbone, Prompts
 
@@ -80,6 +79,10 @@ class SharedBase:
             raise ValueError(f"rank is {rank}; a LoRA adapter needs at least 1, three modules need `module_roles`")
         self.backbone, self.transformer = backbone, transformer_of(backbone)
         self.transformer.requires_grad_(False)
+        need("peft")
+        from peft import LoraConfig  # an extra: a plain install edits without it
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=lora_targets(self.transformer))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are meant
@@ -181,6 +184,8 @@ class AdapterRole(nn.Module):
 def save_adapter(student: AdapterRole, state: dict[str, Tensor], folder: Path) -> None:
     """`pytorch_lora_weights.safetensors` with the adapter's configuration in its metadata, for `load_lora_adapter`."""
     transformer = student.shared.transformer
+    from peft import get_peft_model_state_dict
+
     weights = get_peft_model_state_dict(transformer, state_dict=state, adapter_name=student.role)
     config = transformer.peft_config[student.role].to_dict()
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}

@@ -43,7 +43,7 @@ from vlmedit.world.language import Question, edit_question, identity_question, n
 from vlmedit.world.tokenizer import build_tokenizer, encode
 
 Pictures = Image.Image | Tensor | Sequence[Image.Image | Tensor]
-STAGES = {"editor": "npedit", "warm": "warmup", "teacher": "teacher", "judge": "judge", "second_judge": "judge"}  # checkpoint -> what trains it
+STAGES = {"editor": "npedit", "warm": "copy_warmup", "teacher": "teacher", "judge": "judge", "second_judge": "judge"}  # checkpoint -> what trains it
 JUDGES = tuple(role for role, stage in STAGES.items() if stage == "judge")
 OUTPUTS = ("pil", "pt", "np")
 

@@ -13,10 +13,13 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlmedit.config import TIERS, Settings
 from vlmedit.errors import ConfigError
-from vlmedit.methods.npedit import NPEditConfig
+
+if TYPE_CHECKING:
+    from vlmedit.methods.npedit import NPEditConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BUCKETS = ("512x512", "576x448", "448x576", "640x384", "384x640", "512x384", "384x512")  # width x height [R]
@@ -116,8 +119,8 @@ class RealConfig(Settings):
             raise ConfigError(f"spike is {self.spike}; it must be positive")
         if self.gain_steps < 0:
             raise ConfigError(f"gain_steps is {self.gain_steps}; it must be at least 0")
-        self.npedit()  # its checks hold here too
         self.check_choices(roles=ROLES, optimizer=OPTIMIZERS, sharding=SHARDING, matching=MATCHING, questions=QUESTIONS, codec_precision=("fp32", "bf16"))
+        self.npedit()  # its checks hold here too
         for name, allowed in dict(checkpointing=CHECKPOINTED, offload=OFFLOADED, trackers=TRACKERS).items():
             if wrong := [v for v in getattr(self, name) if v not in allowed]:
                 raise ConfigError(f"{name} names {', '.join(map(repr, wrong))}; known: {', '.join(allowed)}")
@@ -140,6 +143,8 @@ class RealConfig(Settings):
 
     def npedit(self) -> NPEditConfig:
         """What `NPEdit` reads, as its own configuration; guidance is the teacher's matter here, by edit type."""
+        from vlmedit.methods.npedit import NPEditConfig  # which imports torch; reading settings does not
+
         names = {f.name for f in dataclasses.fields(self)} & {f.name for f in dataclasses.fields(NPEditConfig)}
         ours = {n: getattr(self, n) for n in names - {"guidance", "judge", "data"}}
         return NPEditConfig(**ours, guidance=1.0, skip_above=self.spike, logit_gain_steps=self.gain_steps)
