@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from dataclasses import replace
 
 import torch
 from measure import load, write
@@ -52,18 +51,18 @@ def teacher(model, requests, right, draws: int) -> dict:
 
 @torch.no_grad()
 def pairs(model, judge, n: int) -> dict:
-    """Share of each maker's pairs that the judge says yes to twice, in all and by edit type."""
+    """Share of each pair editor's pairs that the judge says yes to twice, in all and by edit type."""
     found, config = {}, SyntheticPairsConfig()
-    for maker in PAIR_EDITORS:
+    for name in PAIR_EDITORS:
         torch.manual_seed(0)
         kept, kinds = [], defaultdict(list)
         for first in range(0, n, 64):
-            requests = unpaired_batch(min(64, n - first), config.side, *SEED, maker, first)
-            fine = approved(judge, requests, *make_pairs(model, requests, replace(config, maker=maker)), config.threshold)
+            requests = unpaired_batch(min(64, n - first), config.side, *SEED, name, first)
+            fine = approved(judge, requests, *make_pairs(model, requests, config.replace(pair_editor=name)), config.threshold)
             kept += fine.tolist()
             for kind, yes in zip(requests.types, fine.tolist()):
                 kinds[kind].append(yes)
-        found[maker] = {"n": n, "kept": sum(kept) / n, "by_type": {k: sum(v) / len(v) for k, v in kinds.items()}}
+        found[name] = {"n": n, "kept": sum(kept) / n, "by_type": {k: sum(v) / len(v) for k, v in kinds.items()}}
     return found
 
 

@@ -31,15 +31,9 @@ from vlmedit.evaluation.editing import evaluate_student, judge_against_oracle  #
 from vlmedit.evaluation.judge import evaluate_judge  # noqa: E402
 from vlmedit.evaluation.teacher import evaluate_teacher  # noqa: E402
 from vlmedit.experiments import study  # noqa: E402
-from vlmedit.methods.distill import (
-    DistillConfig,  # noqa: E402
-    train_distill,  # noqa: E402
-)
+from vlmedit.methods.distill import DistillConfig, train_distill  # noqa: E402
 from vlmedit.methods.npedit import train_npedit  # noqa: E402
-from vlmedit.methods.sft import (
-    SFTConfig,  # noqa: E402
-    train_sft,  # noqa: E402
-)
+from vlmedit.methods.sft import SFTConfig, train_sft  # noqa: E402
 from vlmedit.networks.dit import DiT  # noqa: E402
 from vlmedit.networks.judge import JudgeModel  # noqa: E402
 from vlmedit.pipelines.shapes import checkpoint  # noqa: E402

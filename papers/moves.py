@@ -12,7 +12,7 @@ Times of the second term: 1 (the student's first call) for two draws in five, el
 from __future__ import annotations
 
 import argparse
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 from measure import write
@@ -24,9 +24,12 @@ from vlmedit.data.world import sample_example
 from vlmedit.evaluation.editing import evaluate, judge_by_oracle
 from vlmedit.evaluation.judge import right_answers
 from vlmedit.flow import flow_matching_loss, logit_normal_time
-from vlmedit.methods.npedit import NPEdit, NPEditConfig, train_npedit
+from vlmedit.methods._build import begin_roles, load_roles
+from vlmedit.methods.npedit import NPEdit, NPEditConfig
 from vlmedit.pipelines.shapes import EditPipeline, checkpoint
 from vlmedit.seeds import rng_for
+from vlmedit.training.run import Step
+from vlmedit.training.trainer import train
 from vlmedit.world.language import describe
 from vlmedit.world.render import render
 from vlmedit.world.tokenizer import encode
@@ -58,18 +61,30 @@ def composed(pipe: EditPipeline, n: int, seed: int, batch: int = 64) -> tuple[Te
 class WithPairs(NPEdit):
     """NP-Edit's update with flow matching on pairs beside it."""
 
-    def __init__(self, *args, pairs: tuple[Tensor, Tensor, Tensor], weight: float, batch: int, **kwargs):
+    def __init__(self, *args, pairs: tuple[Tensor, Tensor, Tensor], weight: float, size: int, **kwargs):
         super().__init__(*args, **kwargs)
-        self.pairs, self.weight, self.batch = pairs, weight, batch
+        self.pairs, self.weight, self.size = pairs, weight, size
 
     def regularizers(self, batch) -> dict[str, Tensor]:
-        rows = torch.randint(len(self.pairs[0]), (self.batch,))
+        rows = torch.randint(len(self.pairs[0]), (self.size,))
         reference, result, words = (part[rows].to(self.student.device) for part in self.pairs)
         text = self.student.encode_text(words)
         held = self.student.hold_reference(reference, text)
-        t = torch.where(torch.rand(self.batch) < FIRST, torch.ones(self.batch), logit_normal_time(self.batch, 3.0, "cpu")).clamp(max=0.999).to(reference.device)
+        first, usual = torch.rand(self.size) < FIRST, logit_normal_time(self.size, 3.0, "cpu")
+        t = torch.where(first, torch.ones(self.size), usual).clamp(max=0.999).to(reference.device)
         loss = flow_matching_loss(lambda x, time: self.student(x, time, text, held), result, t, torch.randn_like(result)).mean()
         return {**super().regularizers(batch), "pairs_loss": self.weight * loss}
+
+
+def train_with_pairs(
+    config: NPEditConfig, pairs: tuple[Tensor, Tensor, Tensor], weight: float, size: int
+) -> Iterator[Step]:
+    """As `train_npedit`, with `size` of the pairs beside each batch."""
+    config, accelerator = begin_roles(config)
+    loaded = load_roles(config, accelerator)
+    roles = loaded.student, loaded.fake, loaded.teacher, *loaded.judges[:1]
+    method = WithPairs(config, *roles, loaded.codec, pairs=pairs, weight=weight, size=size)
+    yield from train(method, loaded.data, config, accelerator)
 
 
 def main() -> None:
@@ -86,8 +101,8 @@ def main() -> None:
     before = evaluate(pipe, args.n)
     *pairs, told = composed(pipe, args.requests, args.seed)
     places = {role: str(checkpoint("shapes", name)) for role, name in (("teacher", "teacher"), ("judge", "judge"), ("student", "editor"))}
-    config = NPEditConfig.make("laptop", **places, steps=args.updates, lr=6e-4, gain_steps=0, seed=args.seed, out=args.out, save_every=100)
-    for _ in train_npedit(config, update=partial(WithPairs, pairs=tuple(pairs), weight=args.weight, batch=args.batch)):
+    config = NPEditConfig.make("laptop", **places, steps=args.updates, lr=6e-4, logit_gain_steps=0, seed=args.seed, out=args.out, save_every=100)
+    for _ in train_with_pairs(config, tuple(pairs), args.weight, args.batch):
         pass
     after = evaluate(vlmedit.load(args.out), args.n, checkpoint=args.out)
     told |= {"updates": args.updates, "weight": args.weight, "batch": args.batch, "seed": args.seed}

@@ -91,10 +91,9 @@ def start_stage(stage: str, settings: dict, out: Path) -> Iterator:
 
 def start_real(part: str, file: str, settings: dict, out: Path) -> Iterator:
     """The generator of a run on real models: `part` edit or copy, a shipped file's settings below the given ones."""
-    from vlmedit.real.settings import CONFIGS, CopyConfig, RealConfig
-    from vlmedit.real.train import train_copy, train_real
-
-    from vlmedit.cli import read_settings, typed
+    from vlmedit.cli._settings import read_settings, typed
+    from vlmedit.training.real_models import train_copy, train_real
+    from vlmedit.training.settings import CONFIGS, CopyConfig, RealConfig
 
     config_class, train = {"edit": (RealConfig, train_real), "copy": (CopyConfig, train_copy)}[part]
     given = {**read_settings(CONFIGS / file), **settings, "out": str(out)}
@@ -113,12 +112,12 @@ def starting_models(folder: Path, real: bool = False) -> Path:
         tiny_judge(seed).save_pretrained(folder / name)
         build_tokenizer().save_pretrained(folder / name)
     if real:
-        from vlmedit.real import rehearsal, tiny
+        from vlmedit.testing import random_models, resolve, tiny_data
 
         tiny_pipeline(shift=1.0, judge=False).save_pretrained(folder / "pipeline")
-        rehearsal.made("tiny:z-image", folder, "backbone")
-        tiny.save_judge("internvl", folder / "internvl")
-        rehearsal.save_squares(folder, rows=ROWS)
+        resolve("tiny:z-image", folder, "backbone")
+        random_models.save_judge("internvl", folder / "internvl")
+        tiny_data.save_squares(folder, rows=ROWS)
     return folder
 
 
@@ -147,12 +146,13 @@ def shipped_answers() -> tuple:
 
 def help_texts() -> dict[str, list[str]]:
     """`vlmedit --help` and every command's, in lines of a fixed width."""
-    from vlmedit.cli import COMMANDS, main
+    from vlmedit.cli import main
+    from vlmedit.cli._main import commands
 
     texts, before = {}, dict(os.environ)
     os.environ.update(COLUMNS=str(WIDTH), LINES="100", TERM="dumb", NO_COLOR="1")
     try:
-        for words in ([], *([name] for name in COMMANDS)):
+        for words in ([], *([name] for name in commands())):
             with contextlib.redirect_stdout(io.StringIO()) as told:
                 assert main([*words, "--help"]) == 0
             texts[" ".join(("vlmedit", *words))] = [line.rstrip() for line in told.getvalue().splitlines()]

@@ -1,7 +1,7 @@
-"""What is shipped, and the tools around it: the source distribution holds all files, the wheel the package, and both work outside the checkout.
+"""What is shipped, and the tools around it: the source distribution is complete, the wheel works outside the checkout.
 
-The wheel is built from the unpacked source distribution, offline, and installed into virtual environments that hold what it declares and
-nothing else: the plain one must edit and evaluate, the one with the extras must train and run notebooks.
+The wheel is built from the unpacked source distribution, offline, and installed into virtual environments that hold
+what it declares and nothing else: the plain one must edit and evaluate, the full one must train and run notebooks.
 """
 
 import ast
@@ -29,17 +29,37 @@ from vlmedit.extras import EXTRAS
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 IGNORED = shutil.ignore_patterns(
-    ".git", ".venv", "runs", "outputs", "dist", "build", "site", "shared", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", ".ipynb_checkpoints"
+    ".git",
+    ".venv",
+    "runs",
+    "outputs",
+    "dist",
+    "build",
+    "site",
+    "shared",
+    "*.egg-info",
+    "__pycache__",
+    ".*_cache",
+    ".hypothesis",
+    ".ipynb_checkpoints",
 )
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
-IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml", "pyzmq": "zmq", "huggingface-hub": "huggingface_hub", "jupyterlab": "IPython"}
+IMPORTED_AS = {
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "pyzmq": "zmq",
+    "huggingface-hub": "huggingface_hub",
+    "jupyterlab": "IPython",
+}
 CHOSEN = {"bitsandbytes", "trackio", "wandb"}  # imported only where a setting names them
 
 
 def run(*command, cwd: Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess:
     """A command without the checkout on its path; its exit code is checked."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run([str(word) for word in command], cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
@@ -105,7 +125,7 @@ def declared(extras: tuple[str, ...]) -> dict[str, metadata.Distribution]:
 
 
 def environment(wheel: Path, folder: Path, *extras: str) -> Path:
-    """A virtual environment with the wheel and what it declares, linked to what is installed here; returns its programs' folder."""
+    """A virtual environment with the wheel and what it declares, linked to what is here; its programs' folder."""
     venv.create(folder, symlinks=True, with_pip=False)
     (packages,) = folder.glob("lib/python3*/site-packages")
     for distribution in declared(extras).values():
@@ -148,13 +168,13 @@ def test_the_source_distribution_holds_every_file(checkout, unpacked):
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(checkout, wheel):
-    """All modules by the names under which they are imported, checkpoints, settings, notebooks; no tests and no papers."""
+    """All modules by their names, checkpoints, settings, notebooks; no tests and no papers."""
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {name for name in files_below(checkout / "vlmedit") if not name.startswith("vlmedit.egg-info")}
-    expected = {f"vlmedit/{name}" for name in expected}
+    expected = {f"vlmedit/{name}" for name in files_below(checkout / "vlmedit")}
     expected |= {f"vlmedit/kernels/{name}" for name in files_below(checkout / "kernels/src")}
     expected |= {f"vlmedit/notebooks/{name}" for name in files_below(checkout / "notebooks")}
     assert names == expected
+    assert not [name for name in names if name.startswith("kernels")]  # the Hub's package is called so
     assert "vlmedit/py.typed" in names and "vlmedit/checkpoints/shapes/editor/config.json" in names
 
 
@@ -164,7 +184,9 @@ def test_the_metadata_say_what_a_user_needs_to_know(wheel):
         text = archive.read(name).decode()
     assert f"Version: {PROJECT['version']}\n" in text and "License-Expression: MIT" in text
     assert set(re.findall(r"^Provides-Extra: (\w+)$", text, re.M)) == set(PROJECT["optional-dependencies"])
-    assert "Programming Language :: Python :: 3.13" in text and "Typing :: Typed" in text and "Project-URL: Paper" in text
+    assert (
+        "Programming Language :: Python :: 3.13" in text and "Typing :: Typed" in text and "Project-URL: Paper" in text
+    )
 
 
 def third_party(path: Path) -> set[str]:
@@ -176,11 +198,22 @@ def third_party(path: Path) -> set[str]:
 
 
 def test_every_library_is_declared_and_every_declared_one_is_used():
-    """What the package imports comes with a plain install or with the extra that its message names; nothing is asked for in vain."""
-    used = {name for folder in ("vlmedit", "kernels/src") for path in (ROOT / folder).rglob("*.py") for name in third_party(path)}
-    as_imported = lambda texts: {IMPORTED_AS.get(r.name, r.name) for r in map(Requirement, texts)} - {"vlmedit"}
+    """What is imported comes with a plain install or with the extra that its message names; nothing in vain."""
+    used = {
+        name
+        for folder in ("vlmedit", "kernels/src")
+        for path in (ROOT / folder).rglob("*.py")
+        for name in third_party(path)
+    }
+
+    def as_imported(texts: list[str]) -> set[str]:
+        return {IMPORTED_AS.get(r.name, r.name) for r in map(Requirement, texts)} - {"vlmedit"}
+
     always = as_imported(PROJECT["dependencies"])
-    extras = {extra: as_imported(PROJECT["optional-dependencies"][extra]) for extra in ("train", "notebooks", "data", "kernels")}
+    extras = {
+        extra: as_imported(PROJECT["optional-dependencies"][extra])
+        for extra in ("train", "notebooks", "data", "kernels")
+    }
     assert used <= always | set(EXTRAS) | CHOSEN, used - always - set(EXTRAS) - CHOSEN
     assert always <= used, always - used
     for library, extra in EXTRAS.items():
@@ -195,7 +228,17 @@ def test_the_plain_installation_edits_and_evaluates(plain, drawing, tmp_path):
     where = "import json, sys, vlmedit; print(json.dumps([vlmedit.__version__, vlmedit.__file__]))"
     version, file = json.loads(run(plain / "python", "-c", where, cwd=tmp_path).stdout)
     assert version == PROJECT["version"] and Path(file).is_relative_to(plain.parent)
-    run(plain / "vlmedit", "edit", drawing, "make the background white", "--out", "edited.png", "--report", "--force", cwd=tmp_path)
+    run(
+        plain / "vlmedit",
+        "edit",
+        drawing,
+        "make the background white",
+        "--out",
+        "edited.png",
+        "--report",
+        "--force",
+        cwd=tmp_path,
+    )
     assert {"edited.png", "edited.json", "edited-strip.png"} <= files_below(tmp_path)
     run(plain / "vlmedit", "eval", "--n", "8", "--steps", "1", "--json", "metrics.json", cwd=tmp_path)
     assert json.loads((tmp_path / "metrics.json").read_text())["n"] == 8
@@ -220,7 +263,10 @@ def test_the_full_installation_trains(full, tmp_path):
     """Two updates of the smoke tier from the shipped checkpoints, into a folder of the user's."""
     shipped = "from importlib.resources import files; print(files('vlmedit') / 'checkpoints/shapes')"
     models = Path(run(full / "python", "-c", shipped, cwd=tmp_path).stdout.strip())
-    roles = (f"{role}={models / folder}" for role, folder in (("teacher", "teacher"), ("judge", "judge"), ("student", "warm")))
+    roles = (
+        f"{role}={models / folder}"
+        for role, folder in (("teacher", "teacher"), ("judge", "judge"), ("student", "warm"))
+    )
     settings = ("--set", "steps=2", "side=32", "precision=no", *roles)
     run(full / "vlmedit", "train", "npedit", "--tier", "smoke", "--out", "mine", *settings, cwd=tmp_path)
     assert any(name.startswith("mine/model/") for name in files_below(tmp_path))
@@ -232,7 +278,17 @@ def test_the_full_installation_lists_copies_and_runs_notebooks(full, tmp_path):
     assert list(json.loads((tmp_path / "list.json").read_text())) == names
     run(full / "vlmedit", "notebook", "copy", "mine", cwd=tmp_path)
     assert files_below(tmp_path / "mine") == {f"{name}.ipynb" for name in names}
-    run(full / "vlmedit", "notebook", "run", "mine/00_start_here.ipynb", "-p", "TIER=smoke", "--out", "out", cwd=tmp_path)
+    run(
+        full / "vlmedit",
+        "notebook",
+        "run",
+        "mine/00_start_here.ipynb",
+        "-p",
+        "TIER=smoke",
+        "--out",
+        "out",
+        cwd=tmp_path,
+    )
     assert json.loads((tmp_path / "out/00_start_here.json").read_text())["ok"]
 
 
@@ -247,12 +303,24 @@ def test_a_study_keeps_its_results_where_it_is_run(full, tmp_path):
 @pytest.mark.parametrize("module", ["workshop", "badges"])
 def test_what_needs_a_checkout_says_so(module, full, tmp_path):
     done = run(full / "python", "-m", f"vlmedit.teaching.{module}", cwd=tmp_path, code=2)
-    assert done.stderr.count("\n") == 1 and "is no checkout of the repository" in done.stderr and not files_below(tmp_path)
+    assert (
+        done.stderr.count("\n") == 1 and "is no checkout of the repository" in done.stderr and not files_below(tmp_path)
+    )
 
 
 def test_the_source_distribution_passes_tests(full, unpacked):
     """A few files of the suite, from the unpacked archive, with its own helpers and configuration."""
-    done = run(full / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_flow.py", "tests/world/test_scenes.py", cwd=unpacked)
+    done = run(
+        full / "python",
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_flow.py",
+        "tests/world/test_scenes.py",
+        cwd=unpacked,
+    )
     assert re.search(r"\d+ passed", done.stdout) and "failed" not in done.stdout
 
 
@@ -267,7 +335,9 @@ def test_the_lock_holds_what_the_package_declares():
     lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
     pairs = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
     locked = {canonicalize_name(name): version for name, version in pairs}
-    extras = [text for name in ("train", "notebooks", "data", "test") for text in PROJECT["optional-dependencies"][name]]
+    extras = [
+        text for name in ("train", "notebooks", "data", "test") for text in PROJECT["optional-dependencies"][name]
+    ]
     for requirement in map(Requirement, PROJECT["dependencies"] + extras):
         if requirement.name != "vlmedit":
             assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), requirement
@@ -282,7 +352,9 @@ def test_every_extra_is_in_all():
 def test_workflows_call_make_targets_that_exist(path):
     """Each job checks the code out and runs make targets; what else it runs installs the system's packages."""
     workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert workflow["permissions"] == {"contents": "read"} and True in workflow  # YAML reads the key `on` as a truth value
+    assert (
+        workflow["permissions"] == {"contents": "read"} and True in workflow
+    )  # YAML reads the key `on` as a truth value
     for job in workflow["jobs"].values():
         commands = [step["run"] for step in job["steps"] if "run" in step]
         made = [command.split()[1] for command in commands if command.startswith("make ")]

@@ -1,21 +1,29 @@
-"""The notebooks' prose: figures in it are recorded ones, headings are in order, links lead somewhere, every figure has a title.
+"""Prose: figures in the notebooks are recorded ones, headings are in order, links and commands lead somewhere, README's program runs.
 
 What counts as a figure: a decimal, a percentage, or a number with a unit of measurement, outside mathematics, code, references and names.
 Where it may come from: what the notebook recorded, its parameters, its constants in capitals. Machine times have their line in the header.
 """
 
 import ast
+import importlib.util
+import os
 import re
+import shlex
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 from vlmedit.teaching import checking
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.md")), *sorted((ROOT / "papers").glob("*.md"))]
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*DOCS, *sorted((ROOT / "notebooks").glob("*.md")), *sorted((ROOT / "papers").glob("*.md"))]
 name_of = lambda path: path.stem
 
 EXAMPLES = {"03_judge": {"0.8"}, "06_evaluation": {"0.79", "0.76"}, "08_real_models": {"80"}}  # made up to explain something, and said to be so; no measurement
@@ -177,3 +185,109 @@ def test_the_header_is_filled_in(path):
 def _placeholders(path: Path) -> list[str]:
     text = re.sub(r"`[^`]*`|\$[^$]*\$", " ", "\n".join(prose(path)))
     return re.findall(r"@\w+@|\b[A-Z]{3,}_[A-Z]+\b|TODO|FIXME|XXX", text)
+
+
+# --- README, docs/ and the site
+
+
+def fenced(path: Path, language: str) -> list[str]:
+    """The blocks of code in this language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 700
+
+
+def test_the_readme_s_program_runs(tmp_path):
+    """It trains, edits and asks the judge; here for two updates of a small batch."""
+    (program,) = fenced(ROOT / "README.md", "python")
+    assert "steps=300" in program
+    (tmp_path / "program.py").write_text(program.replace("steps=300", "steps=2, batch=4"))
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == 3 and (tmp_path / "runs/mine/model/config.json").is_file()
+
+
+@cache
+def options(command: str) -> str:
+    """The help of a command of `vlmedit`; of the command line itself for ""."""
+    words = [sys.executable, "-m", "vlmedit.cli", *([command] if command else []), "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env={**os.environ, "COLUMNS": "200"})
+    assert done.returncode == 0, f"vlmedit {command}: {done.stdout[-500:]}{done.stderr[-500:]}"
+    return done.stdout
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The command lines of a page's blocks, without comments and leading variables."""
+    lines = "".join(fenced(path, "bash") + fenced(path, "")).splitlines()
+    found = [shlex.split(line, comments=True) for line in lines if re.match(r"(vlmedit|make|python|accelerate) ", line)]
+    return [words for words in found if words]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
+def test_commands_in_the_pages_exist(path):
+    """Make targets, commands of `vlmedit` with their options, scripts and files of tests that are named are there."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    for words in commands(path):
+        if words[0] == "make":
+            assert words[1] in targets, words
+        if words[0] == "python":
+            assert all((ROOT / word).exists() for word in words if word.endswith(".py")), words
+        for first in [k for k, word in enumerate(words) if word in ("vlmedit", "vlmedit.cli")]:
+            command, *rest = words[first + 1 :]
+            said = options(command if not command.startswith("-") else "")
+            for option in (word for word in rest if word.startswith("--")):
+                assert re.search(rf"{re.escape(option)}\b", said), f"{' '.join(words)}: no {option}"
+
+
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
+def test_files_named_in_the_pages_exist(path):
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
+    named = re.findall(r"`((?:vlmedit|kernels|notebooks|papers|tests|docs|\.github|\.ci)/[\w./-]*)`", text)
+    assert not [name for name in named if "NAME" not in name and not (ROOT / name).exists()]  # NAME is the reader's own
+
+
+def site():
+    """docs/hooks.py as a module."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs/hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def leaves(nav) -> list[str]:
+    if isinstance(nav, str):
+        return [nav]
+    return [leaf for part in (nav.values() if isinstance(nav, dict) else nav) for leaf in leaves(part)]
+
+
+def test_the_navigation_leads_to_pages_and_every_page_is_in_it():
+    hooks, nav = site(), leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    there = {path.name for path in (ROOT / "docs").glob("*.md")} | set(hooks.beside())
+    assert set(nav) <= there and len(nav) == len(set(nav))
+    assert {name for name in there if name.endswith(".md")} - set(nav) == {"papers/README.md"}
+    assert hooks.notebooks() == [f"notebooks/{path.name}" for path in NOTEBOOKS]
+
+
+def test_the_api_pages_describe_every_module():
+    """Each module of the package, but for the command line and helpers, is on one page."""
+    described = [module for modules in site().api().values() for module in modules]
+    files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "vlmedit").rglob("*.py")]
+    expected = {".".join(p.parts) for p in files if not any(part.startswith("_") for part in p.parts) and p.parts[1] != "cli"}
+    assert len(described) == len(set(described)) and expected <= set(described)
+
+
+@pytest.mark.parametrize(
+    ("uri", "text", "found"),
+    [
+        ("index.md", "[log](../papers/log.md) and [a](architecture.md#x)", "[log](papers/log.md) and [a](architecture.md#x)"),
+        ("papers/npedit.md", "[log](log.md), [results](../docs/results.md)", "[log](log.md), [results](../results.md)"),
+        ("papers/npedit.md", "![plot](results/strip.png)", "![plot](results/strip.png)"),
+        ("equations.md", "[flow.py: `guide`](../vlmedit/flow.py)", "flow.py: `guide`"),
+        ("CONTRIBUTING.md", "[recipes](docs/adding.md) [web](https://a.org/b)", "[recipes](adding.md) [web](https://a.org/b)"),
+        ("index.md", "```\n[x](../papers/log.md)\n```", "```\n[x](../papers/log.md)\n```"),
+    ],
+)
+def test_links_between_files_are_links_between_pages(uri, text, found):
+    assert site().relinked(text, uri) == found

@@ -1,4 +1,4 @@
-"""vlmedit: few-step image editors learned without image pairs, from a diffusion teacher and a VLM judge [arXiv:2510.14978].
+"""vlmedit: few-step image editors, learned without image pairs from a teacher and a VLM judge [arXiv:2510.14978].
 
 Importing this costs nothing: everything heavy is imported when it is first named.
 """
@@ -15,7 +15,7 @@ __all__ = ["__version__", "load", *_HOMES]
 
 
 def load(name_or_dir="shapes", role: str = "editor", device=None):
-    """An `EditPipeline`: of a shipped family ("shapes"), of a folder written by its `save_pretrained`, or of a student's run.
+    """An `EditPipeline`: of a shipped family ("shapes"), of a folder that `save_pretrained` wrote, or of a run.
 
     `role` chooses the student of a family: editor, warm (before the no-pair training) or teacher (text to image alone).
     """

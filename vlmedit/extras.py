@@ -1,6 +1,6 @@
 """Which extra of the package brings which library, and the one line for whom it is missing.
 
-A plain install edits and evaluates. Packages that need more say so when they are imported, before the library itself is.
+A plain install edits and evaluates. Packages that need more say so when they are imported, before the library is.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Watch:
         if self.key == str(self.crash) and accelerator.process_index == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         norm = gather(optimizer, accelerator)
-        grads = [p.grad for p in optimizer.model.parameters() if p.grad is not None]
+        grads = [p.grad for p in optimizer.module.parameters() if p.grad is not None]
         shards = sum(isinstance(g, DTensor) for g in grads)
         gradient, lengths = torch.cat([whole(g).flatten() for g in grads]), [g.numel() for g in grads]
         self.updates.append(dict(key=self.key, rows=self.rows, gradient=gradient, lengths=lengths, norm=norm, shards=shards))

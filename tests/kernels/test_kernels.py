@@ -10,8 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tomllib
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -1017,34 +1015,6 @@ def test_nothing_in_the_package_calls_a_kernel():
     assert {str(p.relative_to(ROOT)) for p in callers} <= {"vlmedit/teaching/exercises/kernels.py", "vlmedit/teaching/exercises/__init__.py"}
     sources = "".join(p.read_text() for p in (ROOT / "kernels/src").glob("*.py") if p.name != "inside.py")  # whose swaps are asked for
     assert not any(word in sources for word in ("vlmedit.world", "vlmedit.evaluation", "vlmedit.methods", "vlmedit.training", "vlmedit.data.judge_lessons"))
-
-
-def test_every_package_is_declared():
-    """The list in pyproject.toml, which a folder mapping needs, against the folders."""
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    found = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "vlmedit").rglob("__init__.py")} | {"vlmedit.kernels"}
-    assert set(declared["packages"]) == found
-    assert declared["package-dir"]["vlmedit.kernels"] == "kernels/src"
-
-
-def test_a_wheel_holds_the_kernels_under_their_name_alone(tmp_path):
-    pytest.importorskip("setuptools", "77.0.3")
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        (tree / name).write_bytes((ROOT / name).read_bytes())
-    for folder in ("vlmedit", "kernels"):
-        for source in (ROOT / folder).rglob("*.py"):
-            copy = tree / source.relative_to(ROOT)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(source.read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), str(tree)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {f"vlmedit/kernels/{p.name}" for p in (ROOT / "kernels/src").glob("*.py")} <= set(names)
-    assert not [n for n in names if n.startswith("kernels")]
 
 
 COMPILE = """

@@ -38,7 +38,7 @@ class BackboneMethod(Base):
     """A method whose result is a backbone."""
 
 
-def prepare(config: BackboneConfig, accelerator: Accelerator | None = None) -> tuple[BackboneConfig, Accelerator]:
+def begin_roles(config: BackboneConfig, accelerator: Accelerator | None = None) -> tuple[BackboneConfig, Accelerator]:
     return config, begin(config, accelerator)
 
 

@@ -22,7 +22,7 @@ from vlmedit.data.world import SLOTS
 from vlmedit.errors import ConfigError
 from vlmedit.flow import flow_matching_loss, logit_normal_time
 from vlmedit.methods._base import drop_text
-from vlmedit.methods._build import BackboneMethod, load_student, prepare
+from vlmedit.methods._build import BackboneMethod, begin_roles, load_student
 from vlmedit.networks.codec import PixelCodec
 from vlmedit.networks.text import TextEncoder
 from vlmedit.protocols import Codec, Phase, Trained
@@ -113,7 +113,7 @@ class CopyWarmup(BackboneMethod):
 
 def train_copy_warmup(config: CopyWarmupConfig, accelerator: Accelerator | None = None) -> Iterator[Step]:
     """Yield a `Step` per update; the averaged student is saved to `out/model` at the end."""
-    config, accelerator = prepare(config, accelerator)
+    config, accelerator = begin_roles(config, accelerator)
     torch.manual_seed(config.seed)  # of the heads' initial weights
     loaded = load_student(config, accelerator)
     heads = reading_heads(loaded.student.config.width).to(accelerator.device) if config.reading_steps else None

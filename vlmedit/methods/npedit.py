@@ -35,7 +35,7 @@ from vlmedit.equations.rewards import Panel as JudgePanel
 from vlmedit.equations.unroll import CALLS, RENOISE, draw_times, rollout
 from vlmedit.errors import ConfigError
 from vlmedit.flow import flow_matching_loss, logit_normal_time
-from vlmedit.methods._build import BackboneMethod, load_roles, prepare
+from vlmedit.methods._build import BackboneMethod, begin_roles, load_roles
 from vlmedit.networks.codec import PixelCodec
 from vlmedit.protocols import Codec, Judge, Phase, Trained
 from vlmedit.seeds import rng_for
@@ -288,7 +288,7 @@ class NPEdit(BackboneMethod):
 def train_npedit(config: NPEditConfig, accelerator: Accelerator | None = None) -> Iterator[Step]:
     """Yield a `Step` per student update, its pictures the first references and edits of the batch; the (averaged) student is in `out/model` at
     the end. The metric `calls` counts network calls of the student on one picture."""
-    config, accelerator = prepare(config, accelerator)
+    config, accelerator = begin_roles(config, accelerator)
     loaded = load_roles(config, accelerator)
     method = NPEdit(config, loaded.student, loaded.fake, loaded.teacher, *loaded.judges[:1], loaded.codec, tuple(loaded.judges[1:]))
     yield from train(method, loaded.data, config, accelerator)

@@ -1,7 +1,7 @@
 """What a notebook of this package is: where it lies, its title and parameters, the hash of its code, its outputs.
 
-A notebook's parameters are the literals of its cell tagged `parameters`. Outputs that are committed carry the hash of the code that they
-belong to. A wheel brings the notebooks inside the package, a checkout has them beside it.
+A notebook's parameters are the literals of its cell tagged `parameters`. Committed outputs carry the hash of the code
+that they belong to. A wheel brings the notebooks inside the package, a checkout has them beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import nbformat
 from vlmedit.errors import InputError
 
 PACKAGE = Path(str(files("vlmedit"))).resolve()
-FOLDER = PACKAGE / "notebooks" if (PACKAGE / "notebooks").is_dir() else PACKAGE.parent / "notebooks"  # of a wheel; of a checkout
+FOLDER = (
+    PACKAGE / "notebooks" if (PACKAGE / "notebooks").is_dir() else PACKAGE.parent / "notebooks"
+)  # of a wheel; of a checkout
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,10 @@ def checkout() -> Path:
     """The repository around the package. Raises `InputError` where the package was installed without it."""
     root = PACKAGE.parent
     if not (root / "pyproject.toml").is_file() or not (root / "notebooks").is_dir():
-        raise InputError(f"{root} is no checkout of the repository, which this needs; unpack the source distribution and install it with `pip install -e .`")
+        raise InputError(
+            f"{root} is no checkout of the repository, which this needs; "
+            "unpack the source distribution and install it with `pip install -e .`"
+        )
     return root
 
 
@@ -51,12 +56,16 @@ def without_outputs(notebook):
 
 def code_hash(notebook) -> str:
     """SHA-256 over all code cells, so that outputs can be told from those of other code."""
-    code = "\0".join(c.source for c in notebook.cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", ()))
+    code = "\0".join(
+        c.source
+        for c in notebook.cells
+        if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", ())
+    )
     return hashlib.sha256(code.encode()).hexdigest()
 
 
 def read(path: Path) -> Notebook:
-    """A notebook's title and parameters. Raises `InputError` when it is no notebook or its parameters are no literals."""
+    """A notebook's title and parameters. Raises `InputError` if it is no notebook or they are no literals."""
     try:
         cells = nbformat.read(path, 4).cells
     except Exception as error:  # nbformat raises whatever JSON and its schema do

@@ -1,8 +1,10 @@
-"""The records of cells, an arm and a seed each, in `out/cells`: what they say of themselves, and how they are found again.
+"""The records of cells, an arm and a seed each, in `out/cells`: what they say of themselves, and how they are found
+again.
 
-A record states its trainings (stage, settings, starting weights) and how their student was measured, and is found by that: a setting that did
-not exist when it was written had what is its default today, settings of the machine do not count. The hash in a file's name only keeps cells
-of other settings apart.
+A record states its trainings (stage, settings, starting weights) and how their student was measured, and is found by
+that: a setting that did not exist when it was written had what is its default today, settings of the machine do not
+count. The hash in a file's name only keeps cells of other settings apart. Records that are older than their form state
+423b563 as the code that made them, the last commit that found them by such a hash.
 """
 
 from __future__ import annotations
@@ -31,16 +33,22 @@ from vlmedit.experiments.study.trainings import (
 
 Differences = dict[str, tuple]  # what -> (there, now)
 NAMED = 5  # differences in a message
+ROOT = Path(vlmedit.__file__).parents[1]
+
+
+def git(*words: str) -> str:
+    """What git answers about the folder of the package."""
+    told = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True)
+    return told.stdout.strip()
 
 
 @cache
 def code() -> str:
-    """The commit of the checkout that runs, with a plus where files differ from it; the version of an installed package."""
-    root = Path(vlmedit.__file__).parents[1]
-    git = lambda *words: subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
-    if (root / ".git").exists():
+    """The commit of the checkout that runs, with a plus where files differ from it; the version of an installed
+    package."""
+    if (ROOT / ".git").exists():
         try:
-            return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "--", "vlmedit", "kernels"))
+            return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "vlmedit", "kernels"))
         except (OSError, subprocess.CalledProcessError):
             pass
     return metadata.version("vlmedit")
@@ -50,16 +58,29 @@ def identity(plan: Plan, arm: str, seed: int) -> dict:
     """What a cell's record says of how its result was made."""
     tasks = prepare(plan, arm, seed)
     return {
-        "study": plan.name, "arm": arm, "seed": seed, "tier": plan.tier, "updates": student_updates(tasks), "code": code(),
-        "trainings": [{"stage": task.stage, "settings": settings_of(task.config), "starts": dict(task.starts)} for task in tasks],
+        "study": plan.name,
+        "arm": arm,
+        "seed": seed,
+        "tier": plan.tier,
+        "updates": student_updates(tasks),
+        "code": code(),
+        "trainings": [
+            {"stage": task.stage, "settings": settings_of(task.config), "starts": dict(task.starts)} for task in tasks
+        ],
         "measured": measured(plan, arm),
-    }  # fmt: skip
+    }
 
 
 def measured(plan: Plan, arm: str) -> dict:
-    """How an arm's student is used, and who is asked what he thinks of it. Without trainings the teacher is the student."""
+    """How an arm's student is used, and who is asked what he thinks of it. Without trainings the teacher is the
+    student."""
     chosen = find(plan.name).arms[arm]
-    asked = {"ways": {way: dict(WAYS[way]) for way in chosen.ways}, "watched": chosen.watched, "before": chosen.before, "n": plan.n}
+    asked = {
+        "ways": {way: dict(WAYS[way]) for way in chosen.ways},
+        "watched": chosen.watched,
+        "before": chosen.before,
+        "n": plan.n,
+    }
     roles = ("judge", "held_out") if chosen.parts else ("teacher", "judge", "held_out")
     return asked | {role: digest(plan.models[role]) for role in roles}
 
@@ -72,7 +93,9 @@ def training_differences(then: Mapping, task: Task) -> Differences:
     found = task.config.differences({**then["settings"], **{k: now[k] for k in PATHS if k in now}})
     if then["settings"]["steps"] != now["steps"]:
         found["steps"] = (then["settings"]["steps"], now["steps"])
-    return found | {k: (then["starts"].get(k), task.starts.get(k)) for k in PATHS if then["starts"].get(k) != task.starts.get(k)}
+    return found | {
+        k: (then["starts"].get(k), task.starts.get(k)) for k in PATHS if then["starts"].get(k) != task.starts.get(k)
+    }
 
 
 def differences(plan: Plan, cell: Mapping) -> Differences:
@@ -105,7 +128,11 @@ def slug(text: str) -> str:
 
 def record_of(plan: Plan, arm: str, seed: int) -> tuple[Path, dict] | None:
     """The file and the record of a cell, one that went well before one that failed; None where there is none."""
-    named = [(file, cell) for file, cell in read_cells(plan, f"{slug(arm)}-seed{seed}-*") if (cell["arm"], cell["seed"]) == (arm, seed)]
+    named = [
+        (file, cell)
+        for file, cell in read_cells(plan, f"{slug(arm)}-seed{seed}-*")
+        if (cell["arm"], cell["seed"]) == (arm, seed)
+    ]
     mine = [(file, cell) for file, cell in named if not differences(plan, cell)]
     return max(mine, key=lambda found: found[1]["ok"], default=None)
 
@@ -125,7 +152,8 @@ def finished(plan: Plan, arm: str, seed: int) -> dict | None:
 
 
 def cells(plan: Plan) -> list[dict]:
-    """All records in the study's folder that belong to this plan: any arm and seed at its tier, updates, requests and settings."""
+    """All records in the study's folder that belong to this plan: any arm and seed at its tier, updates, requests
+    and settings."""
     found = {(cell["arm"], cell["seed"]) for _, cell in read_cells(plan)}
     mine = [record for arm, seed in found if (record := record_of(plan, arm, seed))]
     order = list(find(plan.name).arms)
@@ -133,18 +161,29 @@ def cells(plan: Plan) -> list[dict]:
 
 
 def check_results(plan: Plan) -> None:
-    """Raise `InputError` where the plan's folder holds results that cannot stand in one table with the plan's: its table would lose them."""
+    """Raise `InputError` where the plan's folder holds results that cannot stand in one table with the plan's: its
+    table would lose them."""
     try:
         there = json.loads((Path(plan.out) / "table.json").read_text())
     except (OSError, ValueError):
         return
-    mine = {"tier": plan.tier, "equal": plan.equal, "updates": plan.updates, "n": plan.n, "overrides": {k: dict(v) for k, v in plan.overrides.items() if v}}
+    mine = {
+        "tier": plan.tier,
+        "equal": plan.equal,
+        "updates": plan.updates,
+        "n": plan.n,
+        "overrides": {k: dict(v) for k, v in plan.overrides.items() if v},
+    }
     apart = [f"{key} {there.get(key)} there, {value} now" for key, value in mine.items() if there.get(key) != value]
-    if not apart and (plan.equal == "updates" or plan.factors):  # before that nobody knows how many updates its arms make
+    known = plan.equal == "updates" or plan.factors  # how many updates each arm makes
+    if known and not apart:
         apart = strangers(plan)
     if apart:
         rest = [f"and {len(apart) - NAMED} more"] * (len(apart) > NAMED)
-        raise InputError(f"{plan.out} holds results of another plan ({'; '.join(apart[:NAMED] + rest)}); name another folder with --out, or delete it")
+        told = "; ".join(apart[:NAMED] + rest)
+        raise InputError(
+            f"{plan.out} holds results of another plan ({told}); name another folder with --out, or delete it"
+        )
 
 
 def strangers(plan: Plan) -> list[str]:
@@ -153,5 +192,8 @@ def strangers(plan: Plan) -> list[str]:
     for arm, seed in {(cell["arm"], cell["seed"]): None for _, cell in read_cells(plan) if cell["ok"]}:
         if not finished(plan, arm, seed):
             cell = next(c for _, c in read_cells(plan) if c["ok"] and (c["arm"], c["seed"]) == (arm, seed))
-            told += [f"{arm}, seed {seed}: " + ", ".join(f"{k} {then} there, {now} now" for k, (then, now) in differences(plan, cell).items())]
+            told += [
+                f"{arm}, seed {seed}: "
+                + ", ".join(f"{k} {then} there, {now} now" for k, (then, now) in differences(plan, cell).items())
+            ]
     return told

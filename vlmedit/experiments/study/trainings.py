@@ -1,7 +1,8 @@
 """Every training of a plan: its configuration, the weights that it starts from, and what of both identifies it.
 
-Trainings live in `runs/STAGE-HASH`, named by their settings and the weights they start from, so that arms and studies that share one train
-it once. The hash names a working folder alone: a result is found by what its record says (records.py).
+Trainings live in `runs/STAGE-HASH`, named by their settings and the weights they start from, so that arms and
+studies that share one train it once. The hash names a working folder alone: a result is found by what its record
+says (records.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from vlmedit.config import TrainConfig
 from vlmedit.experiments.study.arms import Part, Role, Share, find
 from vlmedit.methods import find as find_method
 
-ROLES = {"teacher": "teacher", "judge": "judge", "student": "warm", "held_out": "second_judge"}  # what all arms share, and its shipped checkpoint
+ROLES = {
+    "teacher": "teacher",
+    "judge": "judge",
+    "student": "warm",
+    "held_out": "second_judge",
+}  # what all arms share, and its shipped checkpoint
 PATHS = (*ROLES, "softener", "start", "students")  # settings that name models' folders
 
 
@@ -35,7 +41,9 @@ class Plan:
     out: str
     runs: str
     equal: str = "updates"
-    factors: Mapping[str, float] = field(default_factory=dict)  # arm -> its updates as a multiple of the plan's, where cost is made equal
+    factors: Mapping[str, float] = field(
+        default_factory=dict
+    )  # arm -> its updates as a multiple of the plan's, where cost is made equal
     pilot: bool = False  # a few updates, to learn their cost
 
 
@@ -91,7 +99,8 @@ def starts_of(config: TrainConfig, known: Mapping[str, str]) -> dict[str, str | 
 
 
 def settings_of(config: TrainConfig) -> dict:
-    """What decides, besides the weights that it starts from, what comes out of a training: neither folders nor settings of the machine."""
+    """What decides, besides the weights that it starts from, what comes out of a training: neither folders nor
+    settings of the machine."""
     left_out = {*PATHS, *config.machine} - {"steps"}
     return {k: v for k, v in config.flat().items() if k not in left_out}
 
@@ -104,7 +113,8 @@ def updates_of(plan: Plan, arm: str, part: Part) -> int:
 
 
 def configure(plan: Plan, arm: str, seed: int, part: Part, models: Mapping[str, str]) -> TrainConfig:
-    """The configuration of one of an arm's trainings. `models` are the plan's and those that earlier trainings of the arm give."""
+    """The configuration of one of an arm's trainings. `models` are the plan's and those that earlier trainings of
+    the arm give."""
     config_class = find_method(part.stage)[0]
     updates, names = updates_of(plan, arm, part), config_class.known()
     settings = {k: find_role(v, models) for k, v in part.settings.items()}
@@ -113,7 +123,9 @@ def configure(plan: Plan, arm: str, seed: int, part: Part, models: Mapping[str, 
         given.setdefault("softener", models["teacher"])
     given |= {"seed": seed, "steps": updates} | ({} if plan.tier == "smoke" else {"save_every": 100})
     draws = updates * config_class.make(plan.tier, **{k: v for k, v in given.items() if not isinstance(v, Share)}).batch
-    return config_class.make(plan.tier, **{k: max(1, round(v * draws)) if isinstance(v, Share) else v for k, v in given.items()})
+    return config_class.make(
+        plan.tier, **{k: max(1, round(v * draws)) if isinstance(v, Share) else v for k, v in given.items()}
+    )
 
 
 def prepare(plan: Plan, arm: str, seed: int) -> list[Task]:
