@@ -231,12 +231,12 @@ def differences(name: str, old, new, exact: bool) -> list[tuple[str, str, str]]:
 
 def print_table(rows: list[tuple[str, str, str]]) -> None:
     short = [
-        [cell if len(cell) <= most else cell[: most - 1] + "…" for cell, most in zip(row, (110, 24, 24))]
+        [cell if len(cell) <= most else cell[: most - 1] + "…" for cell, most in zip(row, (110, 24, 24), strict=True)]
         for row in rows
     ]
     widths = [max(len(row[i]) for row in short) for i in range(3)]
     for row in short:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def record(groups: list[str]) -> int:

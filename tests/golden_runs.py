@@ -40,9 +40,15 @@ BF16 = ("judge", "npedit", "grpo", "synthetic", "bootstrap")
 CHANGES = {  # label of a stage, what is changed
     "npedit fresh fakes": ("npedit", dict(fake_rollouts="fresh")),
     "npedit gan, random truncation": ("npedit", dict(gan_weight=0.5, truncate="random")),
-    "npedit both tasks, few requests": ("npedit", dict(task="both", request_limit=5, fulfilled_share=0.6, seed=3, emphasis=("move",))),
+    "npedit both tasks, few requests": (
+        "npedit",
+        dict(task="both", request_limit=5, fulfilled_share=0.6, seed=3, emphasis=("move",)),
+    ),
     "npedit customise": ("npedit", dict(task="customise", target_caption=False, fulfilled_share=0.0)),
-    "npedit two judges": ("npedit", dict(judge=("models/judge", "models/second"), augment=True, wording="short", logit_gain_steps=2)),
+    "npedit two judges": (
+        "npedit",
+        dict(judge=("models/judge", "models/second"), augment=True, wording="short", logit_gain_steps=2),
+    ),
     "npedit teacher as judge": ("npedit", dict(reward="teacher", teacher_draws=1)),
     "npedit reward alone": ("npedit", dict(dmd_weight=0.0, gradient_calls=1, anchor_weight=0.01, pretrain_weight=1.0)),
     "npedit one question": ("npedit", dict(identity=False, answer_loss="vocabulary", ema=0.0)),

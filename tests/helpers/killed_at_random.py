@@ -1,11 +1,13 @@
-"""A run that is killed with SIGKILL at random instants, again and again, must end where the one ends that nobody touched.
+"""A run that is killed with SIGKILL at random instants, again and again, must end where the one ends that nobody
+touched.
 
 Usage: python killed_at_random.py MODELS FOLDER COUNT [SEED]
 
-MODELS holds teacher, student and judge. One process imports everything and forks a child for every run, so an instant costs no start. Each
-of COUNT runs of a tiny NP-Edit with a checkpoint after every update is killed once, wherever it is then (one in five before its first
-checkpoint, while it loads), and started again; a line tells after which update, and whether every weight, average, optimizer state and
-metric of the end equals the straight run's. Exit status 1 if any does not.
+MODELS holds teacher, student and judge. One process imports everything and forks a child for every run, so an instant
+costs no start. Each of COUNT runs of a tiny NP-Edit with a checkpoint after every update is killed once, wherever it is
+then (one in five before its first checkpoint, while it loads), and started again; a line tells after which update, and
+whether every weight, average, optimizer state and metric of the end equals the straight run's. Exit status 1 if any
+does not.
 """
 
 import json
@@ -91,7 +93,9 @@ def saved_step(out: Path) -> str:
 
 def saved_first(number: int, out: Path) -> None:
     """Wait until a run has written a checkpoint, or has ended."""
-    while not (out / "checkpoint/state.json").exists() and not os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+    while not (out / "checkpoint/state.json").exists() and not os.waitid(
+        os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT
+    ):
         time.sleep(0.001)
 
 

@@ -1,5 +1,5 @@
-"""Run by tests/training/test_two_processes.py in every process of torch's launcher: train by each file of settings, one after the other, and
-leave this process's final weights and its own losses in the run's folder.
+"""Run by tests/training/test_two_processes.py in every process of torch's launcher: train by each file of settings, one
+after the other, and leave this process's final weights and its own losses in the run's folder.
 
 Usage: python -m torch.distributed.run --standalone --nproc_per_node 2 two_processes.py SETTINGS.json ...
 
@@ -23,7 +23,9 @@ kept, own = {}, []
 
 def keep(self: Checkpoints, step: int) -> None:
     """The weights of this very process, of which the checkpoint holds the first one's."""
-    kept.update({f"{role}/{k}": v.detach().clone() for role, m in self.modules.items() for k, v in m.thing.state_dict().items()})
+    kept.update(
+        {f"{role}/{k}": v.detach().clone() for role, m in self.modules.items() for k, v in m.thing.state_dict().items()}
+    )
     save(self, step)
 
 
@@ -43,7 +45,10 @@ if __name__ == "__main__":
         accelerator = make_accelerator(config)
         kept.clear()
         own.clear()
-        steps = [{k: v for k, v in step.metrics.items() if not k.startswith(("cpu", "seconds"))} for step in train(config, accelerator)]
+        steps = [
+            {k: v for k, v in step.metrics.items() if not k.startswith(("cpu", "seconds"))}
+            for step in train(config, accelerator)
+        ]
         found = {"losses": torch.tensor(own), "processes": torch.tensor(accelerator.num_processes)}
         save_file(kept | found, Path(config.out) / f"rank{accelerator.process_index}.safetensors")
         (Path(config.out) / f"steps{accelerator.process_index}.json").write_text(json.dumps(steps))

@@ -1,4 +1,5 @@
-"""Methods are found by their files, and hold equations and phases alone: no loop, optimizer, file, device or process of their own."""
+"""Methods are found by their files, and hold equations and phases alone: no loop, optimizer, file, device or process of
+their own."""
 
 import ast
 import dataclasses
@@ -15,7 +16,18 @@ from vlmedit.config import TrainConfig
 from vlmedit.protocols import Phase, Trained
 
 FOLDER = Path(methods.__path__[0])
-TEN = ("bootstrap", "copy_warmup", "cyclegan_turbo", "distill", "flow_grpo", "judge", "npedit", "sft", "synthetic_pairs", "teacher")
+TEN = (
+    "bootstrap",
+    "copy_warmup",
+    "cyclegan_turbo",
+    "distill",
+    "flow_grpo",
+    "judge",
+    "npedit",
+    "sft",
+    "synthetic_pairs",
+    "teacher",
+)
 
 # --- found by file
 
@@ -84,12 +96,23 @@ def test_a_file_in_the_folder_is_a_method_and_trains(folder, tmp_path, monkeypat
     try:
         assert "shrink" in methods.names() and len(methods.names()) == 11
         config_class, train = methods.find("shrink")
-        config = config_class.make("smoke", student=str(folder / "student"), side=16, strength=0.1, out=str(tmp_path / "run"), precision="no", trackers=(), steps=3)
+        config = config_class.make(
+            "smoke",
+            student=str(folder / "student"),
+            side=16,
+            strength=0.1,
+            out=str(tmp_path / "run"),
+            precision="no",
+            trackers=(),
+            steps=3,
+        )
         first = next(train(config))
         assert first.metrics["seen"] == 4
         rest = list(train(config))
         assert [s.index for s in rest] == [2, 3] and rest[-1].metrics["loss"] < first.metrics["loss"]
-        start, end = (load_file(f / "diffusion_pytorch_model.safetensors") for f in (folder / "student", tmp_path / "run/model"))
+        start, end = (
+            load_file(f / "diffusion_pytorch_model.safetensors") for f in (folder / "student", tmp_path / "run/model")
+        )
         assert sum(v.square().sum() for v in end.values()) < sum(v.square().sum() for v in start.values())
     finally:
         sys.modules.pop("vlmedit.methods.shrink", None)
@@ -100,11 +123,36 @@ def test_a_file_in_the_folder_is_a_method_and_trains(folder, tmp_path, monkeypat
 # --- what a method does not own
 
 FOREIGN = (  # modules, and what is in them, that belong to the trainer
-    "torch.optim", "torch.distributed", "torch.multiprocessing", "torch.utils.data", "multiprocessing", "subprocess", "threading", "os", "shutil", "tempfile", "signal", "time", "json",
-    "vlmedit.training.optimizer", "vlmedit.training.checkpoints", "vlmedit.training.offload", "vlmedit.training.gathered", "vlmedit.training.trackers", "vlmedit.io",
+    "torch.optim", "torch.distributed", "torch.multiprocessing", "torch.utils.data",
+    "multiprocessing", "subprocess", "threading", "os", "shutil", "tempfile", "signal", "time", "json",
+    "vlmedit.training.optimizer", "vlmedit.training.checkpoints", "vlmedit.training.offload",
+    "vlmedit.training.gathered", "vlmedit.training.trackers", "vlmedit.io",
 )  # fmt: skip
-FILES = ("open", "save", "save_file", "save_model", "write_text", "write_bytes", "mkdir", "unlink", "rename", "touch", "save_pretrained")
-STEPPED = ("step", "zero_grad", "clip_grad_norm_", "reduce", "all_reduce", "gather", "wait_for_everyone", "prepare", "cuda", "autocast")
+FILES = (
+    "open",
+    "save",
+    "save_file",
+    "save_model",
+    "write_text",
+    "write_bytes",
+    "mkdir",
+    "unlink",
+    "rename",
+    "touch",
+    "save_pretrained",
+)
+STEPPED = (
+    "step",
+    "zero_grad",
+    "clip_grad_norm_",
+    "reduce",
+    "all_reduce",
+    "gather",
+    "wait_for_everyone",
+    "prepare",
+    "cuda",
+    "autocast",
+)
 OF_PROCESS = ("process_index", "num_processes", "is_main_process", "local_process_index", "world_size")
 WRITES = ("save",)  # a method's `save` writes the result, into the folder that it is given
 
@@ -139,7 +187,11 @@ def findings(node: ast.AST, inside: str = "") -> Iterator[tuple[int, str]]:
         yield from calls(node, line, inside)
     elif isinstance(node, ast.Attribute) and (node.attr in OF_PROCESS or foreign(name_of(node))):
         yield line, f"asks for {name_of(node)}"
-    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.split(":")[0] in ("cuda", "cpu", "mps"):
+    elif (
+        isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and node.value.split(":")[0] in ("cuda", "cpu", "mps")
+    ):
         yield line, f"names the device {node.value}"
     within = node.name if isinstance(node, ast.FunctionDef) else inside
     for child in ast.iter_child_nodes(node):
@@ -189,8 +241,10 @@ MUTANTS = {
     "clock": "import time",
 }
 ALLOWED = {
-    "annotation": "from accelerate import Accelerator\ndef train_x(config, accelerator: Accelerator | None = None):\n    return begin(config, accelerator).device",
-    "result": "from safetensors.torch import save_file\nclass X:\n    def save(self, state, folder):\n        save_file(state, folder / 'x')",
+    "annotation": "from accelerate import Accelerator\n"
+    "def train_x(config, accelerator: Accelerator | None = None):\n    return begin(config, accelerator).device",
+    "result": "from safetensors.torch import save_file\n"
+    "class X:\n    def save(self, state, folder):\n        save_file(state, folder / 'x')",
     "another loop": "def phases(self):\n    for k in range(self.config.fake_updates):\n        yield k",
     "where a batch is": "import torch\ndef f(batch):\n    return torch.rand(3, device=batch.device)",
     "a count of steps": "def f(config):\n    return sample(config.sampler_steps)",
@@ -208,9 +262,13 @@ def test_what_a_method_may_do_is_not_held_against_it(what):
 
 
 def test_a_phase_and_a_role_cannot_be_changed():
-    """What a method hands the trainer is a constant; without words a phase trains nobody on the last draw, a role has no rate or average."""
+    """What a method hands the trainer is a constant; without words a phase trains nobody on the last draw, a role has
+    no rate or average."""
     phase, role = Phase("student"), Trained(None)
-    assert (phase.trains, phase.batch, phase.key, phase.size) == ((), None, (), None) and (role.lr, role.ema) == (None, 0.0)
+    assert (phase.trains, phase.batch, phase.key, phase.size) == ((), None, (), None) and (role.lr, role.ema) == (
+        None,
+        0.0,
+    )
     for thing, field in ((phase, "name"), (role, "ema")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(thing, field, None)

@@ -1,4 +1,5 @@
-"""Checkpoints: killed anywhere, the disk holds a whole one; damaged or of another configuration, it is refused in one line."""
+"""Checkpoints: killed anywhere, the disk holds a whole one; damaged or of another configuration, it is refused in one
+line."""
 
 import json
 import os
@@ -39,13 +40,21 @@ def fill(model: nn.Module, value: float) -> None:
             p.fill_(value)
 
 
-OPERATIONS = ((module, "save_file"), (torch, "save"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (Path, "mkdir"), (Path, "write_text"))
+OPERATIONS = (
+    (module, "save_file"),
+    (torch, "save"),
+    (os, "replace"),
+    (os, "fsync"),
+    (shutil, "rmtree"),
+    (Path, "mkdir"),
+    (Path, "write_text"),
+)
 
 
 @pytest.mark.parametrize("after", (False, True))
 def test_killed_at_any_instant_of_a_save(tmp_path, monkeypatch, after):
-    """The second save is killed before (or right after) each of its file operations in turn: what is found then is the whole
-    first or the whole second checkpoint, never a mixture, and it is the second once the last rename was made."""
+    """The second save is killed before (or right after) each of its file operations in turn: what is found then is the
+    whole first or the whole second checkpoint, never a mixture, and it is the second once the last rename was made."""
     found = []
     for instant in range(100):
         folder = tmp_path / str(instant)
@@ -59,13 +68,13 @@ def test_killed_at_any_instant_of_a_save(tmp_path, monkeypatch, after):
         with monkeypatch.context() as patch:
             for home, name in OPERATIONS:
 
-                def counted(*args, _do=getattr(home, name), **kwargs):
+                def counted(*args, _do=getattr(home, name), _last=instant + 1, **kwargs):
                     nonlocal count
                     count += 1
-                    if count == instant + 1 and not after:
+                    if count == _last and not after:
                         raise Killed
                     result = _do(*args, **kwargs)
-                    if count == instant + 1:
+                    if count == _last:
                         raise Killed
                     return result
 
@@ -98,8 +107,8 @@ def test_no_checkpoint_means_step_zero(tmp_path):
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no file size limit on this system")
 @pytest.mark.parametrize("file", ("model.safetensors", "optimizers.pt"))
 def test_a_full_disk_is_one_clear_error(tmp_path, file):
-    """No file may reach its size (as on a full disk, here met by the first or by the largest file): an OSError names the
-    checkpoint and the remedy, no partial folder stays, and the previous checkpoint is whole."""
+    """No file may reach its size (as on a full disk, here met by the first or by the largest file): an OSError names
+    the checkpoint and the remedy, no partial folder stays, and the previous checkpoint is whole."""
     checkpoints, model = small(tmp_path)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -131,7 +140,12 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path, changed):
         other.resume()
     text = str(error.value)
     now = list(value) if isinstance(value, tuple) else value
-    assert str(tmp_path / "checkpoint") in text and f"{key}: " in text and f"{now} now" in text and "choose another out folder or delete it" in text
+    assert (
+        str(tmp_path / "checkpoint") in text
+        and f"{key}: " in text
+        and f"{now} now" in text
+        and "choose another out folder or delete it" in text
+    )
     assert all((v == 7).all() for v in model.state_dict().values())
 
 
@@ -156,8 +170,11 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, file, how):
     checkpoints.save(1)
     path = tmp_path / "checkpoint" / file
     content = path.read_bytes()
-    path.write_bytes({"cut": content[: len(content) // 2], "scrambled": bytes(255 - b for b in content), "empty": b""}[how])
-    with pytest.raises(ConfigError, match=f"{file} cannot be read .*delete the folder {tmp_path / 'checkpoint'} to begin anew, or choose another out folder"):
+    path.write_bytes(
+        {"cut": content[: len(content) // 2], "scrambled": bytes(255 - b for b in content), "empty": b""}[how]
+    )
+    told = f"{file} cannot be read .*delete the folder {path.parent} to begin anew, or choose another out folder"
+    with pytest.raises(ConfigError, match=told):
         small(tmp_path)[0].resume()
 
 
@@ -170,15 +187,27 @@ def test_a_checkpoint_that_lacks_a_role_is_refused(tmp_path):
 
 
 def test_a_run_of_an_earlier_version_is_refused_by_its_names(tmp_path):
-    """One line: the folder, which settings are called otherwise now, and the remedy; nothing is loaded, and `begin` asks before models are."""
+    """One line: the folder, which settings are called otherwise now, and the remedy; nothing is loaded, and `begin`
+    asks before models are."""
     checkpoints, model = small(tmp_path)
     checkpoints.save(1)
     file = tmp_path / "checkpoint" / "state.json"
     state = json.loads(file.read_text())
     config = state["config"]
-    file.write_text(json.dumps({**state, "config": {**{k: v for k, v in config.items() if k != "skip_above"}, "spike": 300.0, "settled": 0.2}}))
+    file.write_text(
+        json.dumps(
+            {
+                **state,
+                "config": {**{k: v for k, v in config.items() if k != "skip_above"}, "spike": 300.0, "settled": 0.2},
+            }
+        )
+    )
     fill(model, 7.0)
-    told = f"^{tmp_path / 'checkpoint'} is of an unfinished run of an earlier version \\(settled is fulfilled_share now, spike is skip_above now\\); begin it anew in another out folder, or delete it$"
+    names = "settled is fulfilled_share now, spike is skip_above now"
+    told = (
+        f"^{tmp_path / 'checkpoint'} is of an unfinished run of an earlier version \\({names}\\); "
+        "begin it anew in another out folder, or delete it$"
+    )
     with pytest.raises(ConfigError, match=told):
         checkpoints.resume()
     with pytest.raises(ConfigError, match=told):
@@ -215,7 +244,13 @@ def test_modules_without_optimizer_and_positions_in_data_are_kept(tmp_path):
     checkpoints.optimizers["data"] = Place(41)
     fill(follower, 5.0)
     checkpoints.save(1)
-    assert {p.name for p in (tmp_path / "checkpoint").iterdir()} == {"model.safetensors", "model.ema.safetensors", "follower.safetensors", "optimizers.pt", "state.json"}
+    assert {p.name for p in (tmp_path / "checkpoint").iterdir()} == {
+        "model.safetensors",
+        "model.ema.safetensors",
+        "follower.safetensors",
+        "optimizers.pt",
+        "state.json",
+    }
     again, _ = small(tmp_path)
     other, place = nn.Linear(3, 3), Place()
     again.register("follower", other)

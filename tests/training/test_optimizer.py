@@ -38,8 +38,8 @@ def layer(**overrides) -> tuple[nn.Module, Optimizer, TrainConfig]:
 
 @pytest.mark.parametrize("value", (math.nan, math.inf, 1e4))
 def test_guard_skips_spikes_and_non_finite_gradients(value):
-    """A gradient that is not finite, or whose norm exceeds `skip_above`, changes neither weights nor optimizer state, is reported,
-    and is cleared; the next sound one is applied."""
+    """A gradient that is not finite, or whose norm exceeds `skip_above`, changes neither weights nor optimizer state,
+    is reported, and is cleared; the next sound one is applied."""
     model, optimizer, config = layer()
     accelerator = make_accelerator(config)
 
@@ -59,7 +59,8 @@ def test_guard_skips_spikes_and_non_finite_gradients(value):
 
 
 def test_norm_is_that_before_clipping_and_clipping_bounds_the_step():
-    """The reported norm is the closed form of a constant gradient; beyond `clip` the gradient's size no longer matters."""
+    """The reported norm is the closed form of a constant gradient; beyond `clip` the gradient's size no longer
+    matters."""
     out = []
     for g in (1.0, 10.0):
         model, optimizer, config = layer(clip=0.5)
@@ -73,7 +74,8 @@ def test_norm_is_that_before_clipping_and_clipping_bounds_the_step():
 
 
 def test_rate_warms_up_and_falls_as_a_cosine():
-    """Linear to the peak at the end of the warm-up, half way down in the middle, `final_lr` of it at the end and after."""
+    """Linear to the peak at the end of the warm-up, half way down in the middle, `final_lr` of it at the end and
+    after."""
     config = TrainConfig.make(steps=1100, warmup=100, lr=0.01, final_lr=0.1)
     optimizer = Optimizer(nn.Linear(2, 2), config)
     assert [optimizer.rate(k) for k in (0, 49, 99)] == pytest.approx([1e-4, 5e-3, 1e-2])
@@ -83,7 +85,8 @@ def test_rate_warms_up_and_falls_as_a_cosine():
 
 
 def test_matrices_go_to_muon_and_everything_goes_somewhere():
-    """Every trainable parameter of the DiT is in exactly one optimizer; embeddings, biases and convolutions are AdamW's."""
+    """Every trainable parameter of the DiT is in exactly one optimizer; embeddings, biases and convolutions are
+    AdamW's."""
     model = DiT(side=16, vocab_size=len(build_tokenizer()))
     names = {p: n for n, p in model.named_parameters()}
     optimizer = Optimizer(model, TrainConfig.make())
@@ -94,18 +97,28 @@ def test_matrices_go_to_muon_and_everything_goes_somewhere():
 
 
 def test_the_other_optimizers_take_everything_at_once():
-    """AdamW alone has every parameter, the configuration's betas and decay; a learning rate of a role's own is its peak."""
+    """AdamW alone has every parameter, the configuration's betas and decay; a learning rate of a role's own is its
+    peak."""
     model, _, config = layer(optimizer="adamw", betas=(0.3, 0.7), weight_decay=0.2, lr=0.5)
     optimizer = Optimizer(model, config, 0.25)
     (part,) = optimizer.parts
-    assert type(part) is torch.optim.AdamW and [p for g in part.param_groups for p in g["params"]] == list(model.parameters())
-    assert (part.defaults["betas"], part.defaults["weight_decay"], optimizer.lr) == ((0.3, 0.7), 0.2, 0.25) and Optimizer(model, config).lr == 0.5
+    assert type(part) is torch.optim.AdamW and [p for g in part.param_groups for p in g["params"]] == list(
+        model.parameters()
+    )
+    assert (part.defaults["betas"], part.defaults["weight_decay"], optimizer.lr) == (
+        (0.3, 0.7),
+        0.2,
+        0.25,
+    ) and Optimizer(model, config).lr == 0.5
 
 
 @pytest.mark.parametrize("name", ("adamw8bit", "paged_adamw8bit"))
 def test_what_is_not_installed_is_told(name, monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=f"optimizer is '{name}', which needs bitsandbytes, and that is not installed .*optimizer=adamw"):
+    with pytest.raises(
+        ConfigError,
+        match=f"optimizer is '{name}', which needs bitsandbytes, and that is not installed .*optimizer=adamw",
+    ):
         layer(optimizer=name)
 
 
@@ -128,7 +141,8 @@ def test_accumulated_gradients_are_their_mean():
 
 
 def test_ema_in_closed_form():
-    """After weights w_0 .. w_n the average is the weighted sum with decays min(decay, (1 + k) / (10 + k)), in float64 to 1e-6."""
+    """After weights w_0 .. w_n the average is the weighted sum with decays min(decay, (1 + k) / (10 + k)), in float64
+    to 1e-6."""
     model = nn.Linear(3, 2)
     ema = EMA(model, 0.9)
     expected = {k: v.double().clone() for k, v in model.state_dict().items()}

@@ -1,4 +1,5 @@
-"""Resumed equals straight, bit for bit: after an early stop, after SIGKILL in an update, and after SIGKILL at random instants."""
+"""Resumed equals straight, bit for bit: after an early stop, after SIGKILL in an update, and after SIGKILL at random
+instants."""
 
 import json
 import signal
@@ -20,13 +21,15 @@ STAGES = {"teacher": (TeacherConfig, train_teacher, dict(side=16)), "judge": (Ju
 def smoke(stage: str, out, **overrides):
     """A smoke configuration of six updates, and its trainer."""
     config, train_stage, size = STAGES[stage]
-    return config.make("smoke", **{"out": str(out), "steps": 6, "batch": 3, "precision": "no", **size, **overrides}), train_stage
+    return config.make(
+        "smoke", **{"out": str(out), "steps": 6, "batch": 3, "precision": "no", **size, **overrides}
+    ), train_stage
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_run_equals_a_straight_one(stage, tmp_path):
-    """Six updates in one go, and three, an early stop, then the rest: weights, averages and the saved model are equal bit for
-    bit, and so are the losses of the updates made after resuming."""
+    """Six updates in one go, and three, an early stop, then the rest: weights, averages and the saved model are equal
+    bit for bit, and so are the losses of the updates made after resuming."""
     config, train_stage = smoke(stage, tmp_path / "straight", save_every=3)
     straight = [s.metrics["loss"] for s in train_stage(config)]
     config, train_stage = smoke(stage, tmp_path / "resumed", save_every=3)
@@ -42,7 +45,8 @@ def test_a_resumed_run_equals_a_straight_one(stage, tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
-    """SIGKILL in the middle of the fourth update of another process, then resumed here: equal bit for bit to the straight run."""
+    """SIGKILL in the middle of the fourth update of another process, then resumed here: equal bit for bit to the
+    straight run."""
     config, train_stage = smoke("teacher", tmp_path / "straight")
     list(train_stage(config))
     config, train_stage = smoke("teacher", tmp_path / "killed")
@@ -84,12 +88,22 @@ def test_updates_depend_on_the_seed(tmp_path):
     assert not equal(weights(tmp_path / "0"), weights(tmp_path / "1"))
 
 
-RANDOM_KILLS = 4  # twenty, when something of checkpoints changes: python tests/helpers/killed_at_random.py MODELS FOLDER 20
+RANDOM_KILLS = (
+    4  # twenty, when something of checkpoints changes: python tests/helpers/killed_at_random.py MODELS FOLDER 20
+)
 
 
 def test_runs_killed_at_random_instants_resume_to_the_same_bits(folder, tmp_path):
-    """SIGKILL anywhere in an NP-Edit run of four updates that saves after each, so also within a save: started again it ends in the straight
-    run's weights, averages, optimizer states and metrics; a run of another seed does not."""
-    command = [sys.executable, str(ROOT / "tests/helpers/killed_at_random.py"), str(folder), str(tmp_path), str(RANDOM_KILLS)]
+    """SIGKILL anywhere in an NP-Edit run of four updates that saves after each, so also within a save: started again it
+    ends in the straight run's weights, averages, optimizer states and metrics; a run of another seed does not."""
+    command = [
+        sys.executable,
+        str(ROOT / "tests/helpers/killed_at_random.py"),
+        str(folder),
+        str(tmp_path),
+        str(RANDOM_KILLS),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0 and f"{RANDOM_KILLS} runs killed, 0 ended otherwise" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and f"{RANDOM_KILLS} runs killed, 0 ended otherwise" in done.stdout, (
+        done.stdout + done.stderr
+    )

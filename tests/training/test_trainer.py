@@ -1,4 +1,5 @@
-"""The one trainer carries out the phases that a method names: draws, random streams, steps, averages, records; and refuses what cannot be."""
+"""The one trainer carries out the phases that a method names: draws, random streams, steps, averages, records; and
+refuses what cannot be."""
 
 import dataclasses
 import json
@@ -77,7 +78,9 @@ STUDENT = Phase("student", ("student",), Numbers)
 
 
 def toy_config(out: Path, **given) -> TrainConfig:
-    return TrainConfig.make("smoke", out=str(out), **{"batch": 2, "steps": 2, "precision": "no", "trackers": (), **given})
+    return TrainConfig.make(
+        "smoke", out=str(out), **{"batch": 2, "steps": 2, "precision": "no", "trackers": (), **given}
+    )
 
 
 def toy_data(config: TrainConfig, asked: list | None = None) -> WorldData:
@@ -95,22 +98,41 @@ def toy(out: Path, *plan: Phase, ema: float = 0.0, **given) -> tuple[Toy, list[S
 
 
 def test_phases_are_carried_out_in_order_and_batches_are_drawn_when_named(tmp_path):
-    """A phase with a batch draws anew, by its key and size; one without has the last draw again; each is asked for when the one before it is
-    done, and `after` comes once per update, last."""
-    plan = (STUDENT, Phase("other", ("other",)), Phase("extra", (), Numbers, key=("extra", 1), size=5), Phase("again", ("student", "other")))
+    """A phase with a batch draws anew, by its key and size; one without has the last draw again; each is asked for when
+    the one before it is done, and `after` comes once per update, last."""
+    plan = (
+        STUDENT,
+        Phase("other", ("other",)),
+        Phase("extra", (), Numbers, key=("extra", 1), size=5),
+        Phase("again", ("student", "other")),
+    )
     method, steps, asked = toy(tmp_path, *plan)
     assert asked == [(2, 0, 0, 0), (5, 0, 0, 0, "extra", 1), (2, 0, 1, 0), (5, 0, 1, 0, "extra", 1)]
     order = [t[1:3] if t[1] == "phase" else t[1] for t in method.told if t[0] == 0]
-    assert order == [("phase", "student"), "student", ("phase", "other"), "other", ("phase", "extra"), "extra", ("phase", "again"), "again", "after"]
+    assert order == [
+        ("phase", "student"),
+        "student",
+        ("phase", "other"),
+        "other",
+        ("phase", "extra"),
+        "extra",
+        ("phase", "again"),
+        "again",
+        "after",
+    ]
     rows = {t[1]: t[3] for t in method.told if len(t) == 4 and t[0] == 1}
     assert rows["student"] == rows["other"] and rows["extra"] == rows["again"] and len(rows["extra"]) == 20
-    assert [s.metrics["loss"] for s in steps] == [4.0, 4.0]  # the memory lives for one update, and a later phase's word counts
+    assert [s.metrics["loss"] for s in steps] == [
+        4.0,
+        4.0,
+    ]  # the memory lives for one update, and a later phase's word counts
     assert all({"cpu_student", "cpu_other", "cpu_data", "seconds_data"} <= s.metrics.keys() for s in steps)
 
 
 def test_randomness_is_of_seed_update_and_number_and_goes_on_from_phase_to_phase(tmp_path):
-    """The first phase of batch `number` starts at (seed, update, number) whatever was drawn before, the second goes on where it stopped, as if
-    nobody had drawn between; numbers of one process that accumulates have streams of their own."""
+    """The first phase of batch `number` starts at (seed, update, number) whatever was drawn before, the second goes on
+    where it stopped, as if nobody had drawn between; numbers of one process that accumulates have streams of their
+    own."""
     method, _, _ = toy(tmp_path, STUDENT, Phase("other", ("other",)), accumulate=2)
     found = [t[2] for t in method.told if len(t) == 4 and t[1] == "other"]  # of updates 0, 0, 1, 1, batches 0, 1, 0, 1
     for drawn, (index, number) in zip(found, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):
@@ -123,22 +145,32 @@ def test_only_what_a_phase_trains_moves_each_with_its_own_rate(tmp_path):
     """Weights of a role that no phase trains stay, bit for bit; the peak of a role's own is its optimizer's."""
     fresh = Toy([])
     method, _, _ = toy(tmp_path, STUDENT)
-    assert equal(method.other.state_dict(), fresh.other.state_dict()) and not equal(method.student.state_dict(), fresh.student.state_dict())
+    assert equal(method.other.state_dict(), fresh.other.state_dict()) and not equal(
+        method.student.state_dict(), fresh.student.state_dict()
+    )
     states = torch.load(tmp_path / "checkpoint/optimizers.pt", weights_only=True)
     assert states.keys() == {"student", "other"}
     assert Optimizer(method.other, toy_config(tmp_path), method.trained["other"].lr).rate(0) == 0.5
 
 
 def test_averages_move_once_per_update_of_what_was_trained_in_it(tmp_path, monkeypatch):
-    """Two steps of the student in an update move its average once, with the weights after both; what was not trained, not at all; the model
-    is the average."""
+    """Two steps of the student in an update move its average once, with the weights after both; what was not trained,
+    not at all; the model is the average."""
     moved, update = [], EMA.update
-    monkeypatch.setattr(EMA, "update", lambda self, module, index: moved.append((module, index, module.weight.detach().clone())) or update(self, module, index))
+    monkeypatch.setattr(
+        EMA,
+        "update",
+        lambda self, module, index: (
+            moved.append((module, index, module.weight.detach().clone())) or update(self, module, index)
+        ),
+    )
     method, _, _ = toy(tmp_path, STUDENT, STUDENT, ema=0.5)
     assert [(m is method.student, index) for m, index, _ in moved] == [(True, 0), (True, 1)]
     assert torch.equal(moved[-1][2], method.student.weight)
     average = load_file(tmp_path / "checkpoint/student.ema.safetensors")
-    assert equal(average, torch.load(tmp_path / "model/state.pt")) and not equal(average, dict(method.student.state_dict()))
+    assert equal(average, torch.load(tmp_path / "model/state.pt")) and not equal(
+        average, dict(method.student.state_dict())
+    )
     kept = load_file(tmp_path / "checkpoint/other.ema.safetensors")
     assert equal(kept, Toy([]).other.state_dict())
 
@@ -166,10 +198,22 @@ def test_floats_are_averaged_over_batches_and_whole_numbers_added_up(tmp_path):
 @pytest.mark.parametrize(
     ("plan", "kind", "told"),
     [
-        ((Phase("student", ("student",), Letters),), ConfigError, "data is 'world', which gives no Letters; this method needs them: data=world"),
+        (
+            (Phase("student", ("student",), Letters),),
+            ConfigError,
+            "data is 'world', which gives no Letters; this method needs them: data=world",
+        ),
         ((STUDENT, Phase("late", (), Letters)), ConfigError, "which gives no Letters"),
-        ((Phase("student", ("student",)),), ValueError, "phase 'student' is an update's first and names no batch to draw"),
-        ((Phase("judged", ("judge",), Numbers),), ValueError, "phase 'judged' trains judge, which the method does not; it trains student, other"),
+        (
+            (Phase("student", ("student",)),),
+            ValueError,
+            "phase 'student' is an update's first and names no batch to draw",
+        ),
+        (
+            (Phase("judged", ("judge",), Numbers),),
+            ValueError,
+            "phase 'judged' trains judge, which the method does not; it trains student, other",
+        ),
     ],
 )
 def test_a_phase_that_nobody_can_carry_out_is_refused(tmp_path, plan, kind, told):
@@ -180,8 +224,12 @@ def test_a_phase_that_nobody_can_carry_out_is_refused(tmp_path, plan, kind, told
 
 
 def test_offload_of_a_role_that_is_not_there_is_told(folder, tmp_path):
-    config = find("copy_warmup")[0].make("smoke", teacher=str(folder / "teacher"), side=16, out=str(tmp_path), offload="fake", trackers=())
-    with pytest.raises(ConfigError, match="offload names 'fake', which this method does not have; it has student, heads"):
+    config = find("copy_warmup")[0].make(
+        "smoke", teacher=str(folder / "teacher"), side=16, out=str(tmp_path), offload="fake", trackers=()
+    )
+    with pytest.raises(
+        ConfigError, match="offload names 'fake', which this method does not have; it has student, heads"
+    ):
         next(find("copy_warmup")[1](config))
 
 
@@ -189,10 +237,13 @@ def test_offload_of_a_role_that_is_not_there_is_told(folder, tmp_path):
 
 
 def test_steps_are_detached_records(tmp_path):
-    """A Step has plain numbers and detached pictures, counts from 1, and cannot be changed; logs and config are written."""
+    """A Step has plain numbers and detached pictures, counts from 1, and cannot be changed; logs and config are
+    written."""
     _, records, _ = toy(tmp_path, STUDENT, trackers=("tensorboard",))
     assert [(r.index, r.total, r.skipped) for r in records] == [(1, 2, False), (2, 2, False)]
-    assert not records[0].pictures["grid"].requires_grad and all(type(v) in (float, int) for r in records for v in r.metrics.values())
+    assert not records[0].pictures["grid"].requires_grad and all(
+        type(v) in (float, int) for r in records for v in r.metrics.values()
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         records[0].index = 3
     assert json.loads((tmp_path / "config.json").read_text())["batch"] == 2
@@ -230,8 +281,8 @@ def test_runs_of_different_precision_follow_each_other_in_one_process(tmp_path):
 
 
 def test_strips_are_drawn_when_they_are_due(folder, tmp_path):
-    """Every second update and after the last one, pictures of that update's first batch; otherwise steps carry none; 0 draws none on disk, and
-    every step carries its pictures."""
+    """Every second update and after the last one, pictures of that update's first batch; otherwise steps carry none; 0
+    draws none on disk, and every step carries its pictures."""
     steps = list(train_npedit(tiny_npedit(folder, tmp_path / "some", steps=3, save_every=3, strip_every=2)))
     assert [p.name for p in sorted((tmp_path / "some/strips").iterdir())] == ["000002.png", "000003.png"]
     assert [bool(s.pictures) for s in steps] == [False, True, True]

@@ -1,5 +1,5 @@
-"""Checkpoints: atomic, of whole weights whatever the number of processes, and refused where they are damaged or belong to another
-configuration."""
+"""Checkpoints: atomic, of whole weights whatever the number of processes, and refused where they are damaged or belong
+to another configuration."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class Checkpoints:
                 table[name] = Gathered(thing, keep)
 
     def save(self, step: int) -> None:
-        """Write the state after `step` updates. Every process takes part, in the same order, because shards are gathered part by part. Raises
-        OSError where the disk is full."""
+        """Write the state after `step` updates. Every process takes part, in the same order, because shards are
+        gathered part by part. Raises OSError where the disk is full."""
         main, fresh = self.accelerator.is_main_process, self.folder.with_name("checkpoint.partial")
         if main:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -109,7 +109,8 @@ class Checkpoints:
         return None
 
     def check(self) -> None:
-        """Raise ConfigError when the newest checkpoint belongs to another configuration, or to a version that named settings otherwise."""
+        """Raise ConfigError when the newest checkpoint belongs to another configuration, or to a version that named
+        settings otherwise."""
         if (state := self.found()) is None:
             return
         if former := sorted(state["config"].keys() & RENAMED.keys() - self.config.flat().keys()):
@@ -123,8 +124,8 @@ class Checkpoints:
             raise ConfigError(f"{self.folder} belongs to another configuration ({what}); choose another out folder or delete it")
 
     def resume(self) -> int:
-        """Restore the newest whole checkpoint and return its step, 0 when there is none. Raises ConfigError as `check` does, and for a damaged
-        one."""
+        """Restore the newest whole checkpoint and return its step, 0 when there is none. Raises ConfigError as `check`
+        does, and for a damaged one."""
         self.check()
         old = self.folder.with_name("checkpoint.old")
         if self.accelerator.is_main_process and not self.folder.exists() and old.exists():  # killed between the two renames

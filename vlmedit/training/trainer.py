@@ -1,8 +1,8 @@
 """The one trainer: the loop of every method, on the world of shapes and on real models.
 
-A run is a generator: it yields a `Step` per update and knows nothing of progress bars, plots or early stops. All randomness of update k is
-seeded from (seed, k, number of the batch), so that resuming from a checkpoint repeats the uninterrupted run exactly, and two processes do
-what one does that accumulates two batches.
+A run is a generator: it yields a `Step` per update and knows nothing of progress bars, plots or early stops. All
+randomness of update k is seeded from (seed, k, number of the batch), so that resuming from a checkpoint repeats the
+uninterrupted run exactly, and two processes do what one does that accumulates two batches.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from vlmedit.training.run import Run, Step
 
 
 def train(method: Method, data: Data, config: TrainConfig, accelerator: Accelerator | None = None) -> Iterator[Step]:
-    """Yield a `Step` per update; the (averaged) result is in `out/model` at the end. Raises ConfigError for data that do not give what the
-    method is trained on, and for a checkpoint of another configuration."""
+    """Yield a `Step` per update; the (averaged) result is in `out/model` at the end. Raises ConfigError for data that
+    do not give what the method is trained on, and for a checkpoint of another configuration."""
     run = Run(method, data, config, accelerator)
     for index in run.updates():
         memory: dict[int, dict] = defaultdict(dict)
@@ -41,11 +41,15 @@ def train(method: Method, data: Data, config: TrainConfig, accelerator: Accelera
 
 
 def check_phase(phase: Phase, drawn: bool, method: Method, data: Data, config: TrainConfig) -> None:
-    """Raise ConfigError for data that cannot give a phase's batches, ValueError for a phase that nobody can carry out. `drawn`: whether an
-    earlier phase of the update left batches."""
+    """Raise ConfigError for data that cannot give a phase's batches, ValueError for a phase that nobody can carry out.
+    `drawn`: whether an earlier phase of the update left batches."""
     if phase.batch is not None and not data.gives(phase.batch):
-        raise ConfigError(f"data is {config.data.place!r}, which gives no {phase.batch.__name__}; this method needs them: data=world")
+        what = f"data is {config.data.place!r}, which gives no {phase.batch.__name__}"
+        raise ConfigError(f"{what}; this method needs them: data=world")
     if phase.batch is None and not drawn:
         raise ValueError(f"phase {phase.name!r} is an update's first and names no batch to draw")
-    if unknown := set(phase.trains) - method.trained.keys():
-        raise ValueError(f"phase {phase.name!r} trains {', '.join(sorted(unknown))}, which the method does not; it trains {', '.join(method.trained)}")
+    if unknown := sorted(set(phase.trains) - method.trained.keys()):
+        trained = ", ".join(method.trained)
+        raise ValueError(
+            f"phase {phase.name!r} trains {', '.join(unknown)}, which the method does not; it trains {trained}"
+        )
